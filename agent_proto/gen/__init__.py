@@ -1,0 +1,1 @@
+"""Generated from agent_proto/protos by packaging/protos.py; do not edit."""

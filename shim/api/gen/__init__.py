@@ -1,0 +1,1 @@
+"""Generated from shim/api/protos by packaging/protos.py; do not edit."""
