@@ -1,0 +1,33 @@
+"""The one error of this package: everything that is wrong with a configuration, at once."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """One thing to correct.
+
+    `file` is the file that set the key: the base file, a drop-in, or None for a built-in default. `key` is
+    dotted and empty when the whole file is meant.
+    """
+
+    file: Path | None
+    key: str
+    problem: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        where = str(self.file) if self.file else "built-in defaults"
+        parts = (where, self.key, self.problem) if self.key else (where, self.problem)
+        return ": ".join(parts) + (f" ({self.hint})" if self.hint else "")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. `str()` is one line per problem; `problems` is never empty."""
+
+    def __init__(self, problems: tuple[Problem, ...]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))

@@ -1,0 +1,198 @@
+"""Adjusted values and rules between keys; the host is made up, the files are the test's own."""
+
+from collections.abc import Callable
+
+import pytest
+
+from config import HostLimits, validate
+from config.tree import Report, Tree
+from tests.unit.config.config_site import HOST, Site
+
+
+@pytest.mark.parametrize(
+    ("boot", "most", "cpus", "expected"),
+    [
+        ("1", 0, 8, (1.0, 8)),
+        ("0", 0, 8, (1.0, 8)),
+        ("-1", 0, 8, (8.0, 8)),
+        ("-0.5", 3, 8, (3.0, 3)),
+        ("9", 0, 8, (8.0, 8)),
+        ("inf", 0, 8, (8.0, 8)),
+        ("0.5", 2, 8, (0.5, 2)),
+        ("2.5", 2, 8, (2.0, 2)),
+        ("4", 100, 8, (4.0, 8)),
+        ("300", 0, 384, (256.0, 256)),
+        ("1", 300, 384, (1.0, 256)),
+    ],
+)
+def test_processors(site: Site, boot: str, most: int, cpus: int, expected: tuple[float, int]) -> None:
+    text = f"default_vcpus = {boot}\ndefault_maxvcpus = {most}\n"
+    qemu = site.qemu(text, HostLimits(cpus, 1024)).config.hypervisor
+    assert (qemu.default_vcpus, qemu.default_maxvcpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("boot", "most", "slots", "expected"),
+    [
+        (2048, 0, 10, (2048, 4096, 10)),
+        (0, 0, 0, (128, 4096, 128)),
+        (64, 64, 1, (64, 64, 1)),
+        (9000, 9000, 256, (4096, 4096, 256)),
+        (512, 1024, 2, (512, 1024, 2)),
+    ],
+)
+def test_memory(site: Site, boot: int, most: int, slots: int, expected: tuple[int, int, int]) -> None:
+    text = f"default_memory = {boot}\ndefault_maxmemory = {most}\nmemory_slots = {slots}\n"
+    qemu = site.qemu(text, HostLimits(1, 4096)).config.hypervisor
+    assert (qemu.default_memory, qemu.default_maxmemory, qemu.memory_slots) == expected
+
+
+def test_the_limits_of_this_host_are_plausible() -> None:
+    host = HostLimits.of_this_host()
+    assert host.cpus >= 1
+    assert 64 < host.memory_mib < 2**30
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "attribute", "expected"),
+    [
+        ("", "virtio_fs_queue_size", "hypervisor", 1024),
+        ("[hypervisor.qemu]\nvirtio_fs_queue_size = 128", "virtio_fs_queue_size", "hypervisor", 128),
+        ("[hypervisor.qemu]\nvirtio_fs_cache = 'none'", "virtio_fs_cache", "hypervisor", "never"),
+        (
+            "[hypervisor.qemu]\ncpu_features = ' pmu=off ,, avx512f=off,'",
+            "cpu_features",
+            "hypervisor",
+            "pmu=off,avx512f=off",
+        ),
+        (
+            "[hypervisor.qemu]\nmachine_accelerators = 'usb=off, hpet=off'",
+            "machine_accelerators",
+            "hypervisor",
+            "usb=off,hpet=off",
+        ),
+        (
+            "[hypervisor.qemu]\nseccompsandbox = 'on,spawn=deny'",
+            "seccomp_sandbox",
+            "hypervisor",
+            "on,spawn=deny",
+        ),
+        ("[hypervisor.qemu]\nseccomp_sandbox = 'off'", "seccomp_sandbox", "hypervisor", ""),
+        ("[hypervisor.qemu]\nentropy_source = ''", "entropy_source", "hypervisor", "/dev/urandom"),
+        ("[hypervisor.qemu]\nenable_debug = true", "log_level", "hypervisor", "debug"),
+        ("[agent.kata]\nenable_debug = true", "log_level", "agent", "debug"),
+        ("[agent.kata]\nenable_debug = true\nlog_level = 'trace'", "log_level", "agent", "trace"),
+        ("[runtime]\nenable_debug = true\nlog_level = 'error'", "log_level", "runtime", "error"),
+        ("[runtime]\nenable_debug = true", "log_level", "runtime", "debug"),
+        ("[agent.kata]\nserver_addr = 'unix:/run/a.sock'", "server_addr", "agent", "unix:/run/a.sock"),
+        ("[agent.kata]\ndial_timeout_ms = 9\nreconnect_timeout_ms = 9", "reconnect_timeout_ms", "agent", 9),
+    ],
+)
+def test_adjusted_values(site: Site, text: str, key: str, attribute: str, expected: object) -> None:
+    site.drop_in("0", "[hypervisor.qemu]\n" + site.required())
+    site.drop_in("1", text)
+    assert getattr(getattr(site.load("").config, attribute), key) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("default_memory = 63", "default_memory: 63 MiB is too little for a guest, want at least 64"),
+        ("default_maxmemory = 1000", "default_maxmemory: 1000 MiB is less than the 2048 of default_memory"),
+        ("virtio_fs_queue_size = 1000", "virtio_fs_queue_size: want a power of two, got 1000"),
+        ("virtio_fs_extra_args = ['-o', 'a\\b']", None),
+        (
+            'virtio_fs_extra_args = ["-o", "a\\tb"]',
+            r"virtio_fs_extra_args: want printable text on one line, got 'a\tb'",
+        ),
+        ("seccomp_sandbox = 'yes'", "seccomp_sandbox: 'yes' is not a filter that QEMU knows"),
+        (
+            "seccomp_sandbox = 'on,spawn=maybe'",
+            "seccomp_sandbox: 'on,spawn=maybe' is not a filter that QEMU knows",
+        ),
+        (
+            "seccomp_sandbox = 'off,spawn=deny'",
+            "seccomp_sandbox: 'off,spawn=deny' is not a filter that QEMU knows",
+        ),
+        ("seccomp_sandbox = ',spawn=deny'", "seccomp_sandbox: ',spawn=deny' is not a filter that QEMU knows"),
+        ("seccompsandbox = 'x'", "seccompsandbox: 'x' is not a filter that QEMU knows"),
+        (
+            "seccomp_sandbox = 'on'\nseccompsandbox = 'on,spawn=deny'",
+            "seccompsandbox: is 'on,spawn=deny', but seccomp_sandbox is 'on'",
+        ),
+        ("firmware = 'OVMF.fd'", "firmware: want an absolute path, got 'OVMF.fd'"),
+        ("firmware = '/nonexistent/OVMF.fd'", "firmware: /nonexistent/OVMF.fd does not exist"),
+        ("initrd = '/usr'", "initrd: /usr is a directory, want a file"),
+        ("path = '/etc/passwd'", "path: /etc/passwd is not executable"),
+        ('kernel = "/a\\nb"', r"kernel: '/a\nb' does not exist"),
+        ('kernel = "/a\\u0000b"', r"kernel: '/a\x00b' does not exist"),
+        ("kernel = ''", "kernel: want a file, got ''"),
+        ("entropy_source = '/dev/nonsense'", "entropy_source: /dev/nonsense does not exist"),
+        ("virtio_fs_daemon = '/nonexistent/v'", "virtio_fs_daemon: /nonexistent/v does not exist"),
+    ],
+)
+def test_rules_of_the_machine(site: Site, line: str, problem: str | None) -> None:
+    if problem is None:
+        assert site.qemu(line + "\n").config.hypervisor.virtio_fs_extra_args == ("-o", "a\\b")
+    else:
+        assert site.problems(line + "\n") == [f"hypervisor.qemu.{problem}"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ("reconnect_timeout_ms = 9", "reconnect_timeout_ms: 9 is less than the 10 of dial_timeout_ms"),
+        ("server_port = 1025", "log_port: is 1025, as server_port is"),
+        (
+            "kernel_modules = ['loop', '  ']",
+            "kernel_modules[1]: want a module's name and parameters, got '  '",
+        ),
+        ("server_addr = 'tcp:1.2.3.4'", "server_addr: 'tcp:1.2.3.4' is not an address of an agent"),
+        ("server_addr = 'unix:relative'", "server_addr: 'unix:relative' is not an address of an agent"),
+        ("server_port = 4294967295", "server_port: want int 1..4294967294, got 4294967295"),
+        ("create_container_timeout = 0", "create_container_timeout: want int 1..4294967295, got 0"),
+    ],
+)
+def test_rules_of_the_agent(site: Site, in_qemu: Callable[[str], str], lines: str, problem: str) -> None:
+    (line,) = site.lines(in_qemu(f"[agent.kata]\n{lines}\n"))
+    assert line.removeprefix(f"{site.file}: ").startswith(f"agent.kata.{problem}")
+
+
+def test_the_default_initrd_stands_in_when_nothing_is_named(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validate, "DEFAULT_INITRD", "/nonexistent/initrd.img")
+    lines = site.required().replace("initrd =", "firmware =")
+    found = site.lines("[hypervisor.qemu]\n" + lines)
+    missing = "/nonexistent/initrd.img does not exist (build the guest with: kata-py guest build)"
+    assert found == [f"{site.file}: hypervisor.qemu.initrd: {missing}"]
+
+
+def test_links_are_resolved(site: Site) -> None:
+    (site.root / "current").symlink_to("kernel")
+    qemu = site.qemu(f'kernel = "{site.root / "current"}"\n').config.hypervisor
+    assert qemu.kernel == str(site.root / "kernel")
+
+
+def test_virtiofsd_is_searched(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = str(site.root / "virtiofsd")
+    monkeypatch.setattr(validate, "VIRTIOFSD_PLACES", (str(site.root / "none"), second))
+    assert site.qemu('virtio_fs_daemon = ""\n').config.hypervisor.virtio_fs_daemon == second
+
+
+def test_virtiofsd_is_missing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate, "VIRTIOFSD_PLACES", ("/nonexistent/a", "/nonexistent/b"))
+    expected = "hypervisor.qemu.virtio_fs_daemon: there is no virtiofsd at /nonexistent/a or /nonexistent/b"
+    assert site.problems('virtio_fs_daemon = ""\n') == [expected]
+
+
+def test_virtiofsd_is_not_looked_at_when_nothing_is_shared(site: Site) -> None:
+    config = site.qemu('shared_fs = "none"\nvirtio_fs_daemon = "/nonexistent/v"\n').config
+    assert config.hypervisor.virtio_fs_daemon == "/nonexistent/v"
+
+
+def test_adjusting_twice_changes_nothing(site: Site) -> None:
+    config = site.qemu("default_vcpus = -1\nseccompsandbox = 'on'\nvirtio_fs_cache = 'none'\n").config
+    report = Report(Tree(None, {}))
+    assert validate.adjust_and_validate(config, HOST, report) == config
+    report.raise_any()
