@@ -1,0 +1,30 @@
+"""PCs: the q35 machine."""
+
+from __future__ import annotations
+
+from hypervisor.arch.record import Arch, Cpu, Devices
+
+X86_64 = Arch(
+    name="x86_64",
+    qemu_binary="qemu-system-x86_64",
+    machine="q35",
+    machine_props={"kvm": "", "tcg": ""},
+    cpu={
+        "kvm": Cpu(model="host"),
+        # All that QEMU can emulate: models without RDRAND make the guest wait for entropy. Five-level paging
+        # only costs: every page walk is emulated.
+        "tcg": Cpu(model="max", features="la57=off"),
+    },
+    devices=Devices(
+        user_vsock="vhost-user-vsock-pci",
+        vhost_vsock="vhost-vsock-pci",
+        fs="vhost-user-fs-pci",
+        block="virtio-blk-pci",
+        console="isa-serial",
+    ),
+    # reboot=t: a triple fault needs no keyboard controller, and -no-reboot turns it into QEMU's exit.
+    # The rest spares the kernel work: one UART to look for, no self-tests of ciphers, no SMP patching.
+    kernel_words=("console=ttyS0", "reboot=t", "8250.nr_uarts=1", "cryptomgr.notests", "noreplace-smp"),
+    tcg_kernel_words=("no_timer_check",),
+    tsc=True,
+)

@@ -1,0 +1,1 @@
+"""QEMU: what it is told (`args`, `kernel_words`, `cmdline`), its monitor (`qmp`), its life (`machine`)."""

@@ -1,0 +1,97 @@
+"""The guest kernel's command line: one pure function, and the rules by which words replace each other.
+
+Order: the architecture's words, words for speed by accelerator, how much the kernel talks, Kata's words, the
+root file system of an image, what the agent is told, and last the configured `kernel_params`.
+
+Replacement: a configured word takes the place of ours with the same key (the part before `=`), so
+`panic=10` is enough to change `panic=-1`; no word of ours has to be removed by hand. Keys that the kernel or
+systemd read many times (`console`, `systemd.mask`, ...) add up instead. Double quotes protect spaces.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hypervisor.arch import Arch
+    from hypervisor.spec import RootfsType, VmSpec
+
+# A stock Kata guest that boots with systemd starts its agent by these; others ignore them.
+_KATA_WORDS = (
+    "systemd.unit=kata-containers.target",
+    "systemd.mask=systemd-networkd.service",
+    "systemd.mask=systemd-networkd.socket",
+)
+# The disk is attached read-only, so nothing may be replayed or remounted on errors for writing.
+_ROOTFLAGS: dict[RootfsType, tuple[str, ...]] = {
+    "ext4": ("rootflags=data=ordered,errors=remount-ro", "ro"),
+    "xfs": ("rootflags=ro",),
+    "erofs": ("rootflags=ro",),
+}
+_ADDING_KEYS = frozenset(
+    {"console", "earlycon", "systemd.mask", "systemd.wants", "systemd.setenv", "modprobe.blacklist", "dyndbg"}
+)
+_WORD = re.compile(r'(?:[^\s"]|"[^"]*"?)+')
+
+
+def kernel_command_line(spec: VmSpec, arch: Arch) -> str:
+    """Everything the kernel is told, as one line."""
+    words = [
+        *arch.kernel_words,
+        *_tcg_words(spec, arch),
+        "panic=-1",  # at once: -no-reboot makes it QEMU's exit, and the exit is how we learn of it
+        *(() if spec.debug else ("quiet",)),
+        *_KATA_WORDS,
+        *_root_words(spec),
+        *_agent_words(spec),
+    ]
+    return " ".join(merged(words, split(spec.kernel_params)))
+
+
+def merged(words: Iterable[str], configured: Iterable[str]) -> list[str]:
+    """`words` followed by `configured`; a configured word drops every earlier word that it replaces."""
+    result = list(words)
+    for word in configured:
+        key = _key(word)
+        if key not in _ADDING_KEYS:
+            result = [old for old in result if _key(old) != key]
+        elif word in result:
+            continue
+        result.append(word)
+    return result
+
+
+def split(params: str) -> list[str]:
+    """Words separated by white space, which double quotes protect; quotes are kept, the kernel wants them."""
+    return _WORD.findall(params)
+
+
+def _key(word: str) -> str:
+    # The kernel takes - and _ for the same in names of parameters.
+    return word.partition("=")[0].replace("-", "_")
+
+
+def _tcg_words(spec: VmSpec, arch: Arch) -> tuple[str, ...]:
+    if spec.accel != "tcg":
+        return ()
+    if arch.tsc and spec.tsc_khz is not None:
+        return (*arch.tcg_kernel_words, f"tsc_early_khz={spec.tsc_khz}", "tsc=reliable")
+    return arch.tcg_kernel_words
+
+
+def _root_words(spec: VmSpec) -> tuple[str, ...]:
+    if spec.image is None:
+        return ()
+    return ("root=/dev/vda1", *_ROOTFLAGS[spec.rootfs_type], f"rootfstype={spec.rootfs_type}")
+
+
+def _agent_words(spec: VmSpec) -> list[str]:
+    words = []
+    if spec.log_vport is not None:
+        words.append(f"agent.log_vport={spec.log_vport}")
+    if spec.ready_vport is not None:
+        words.append(f"kata_py.ready_vport={spec.ready_vport}")
+    return words

@@ -1,0 +1,281 @@
+"""`booted()`: sockets, virtiofsd, QEMU and its monitor put together into one running machine.
+
+What happens in which order, and why: QEMU is the slowest to come up, so everything that can wait is done
+after it was started (importing the vsock device and the QMP library, shaking hands with the monitor).
+virtiofsd and QEMU start side by side: the sockets between them exist and are connected before either of them
+runs. The guest boots while we shake hands; nothing of ours holds it up.
+
+The end is a SIGKILL: the guest has nothing to save (its file systems belong to the host or are thrown away),
+and a killed QEMU leaves nothing behind. virtiofsd ends when QEMU's end of its socket closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from hypervisor.console import Console
+from hypervisor.errors import BootFailed, QmpUnavailable
+from hypervisor.process import spawned
+from hypervisor.qemu.cmdline import Fds, build_cmdline
+from hypervisor.qemu.qmp import Monitor, connected
+from hypervisor.sockets import listener_and_connection, unix_listener
+from hypervisor.virtiofsd import shared_dir
+from hypervisor.vsock.base import FIRST_GUEST_CID
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from hypervisor.process import Process, ProcessExit
+    from hypervisor.spec import VmSpec
+    from hypervisor.vsock.base import OnConnection, Vsock
+
+log = structlog.get_logger(__name__)
+
+# A QEMU that ends closes its sockets some milliseconds before it is gone. A helper's end is the machine's
+# failure only if QEMU outlives it by more than that.
+_QEMU_END_S = 1.0
+_WHAT = "the virtual machine did not start"
+
+
+class Machine:
+    """A machine whose QEMU runs and answers its monitor. Made by `booted()`, which also ends it."""
+
+    def __init__(
+        self, qemu: Process, helpers: Mapping[str, Process], console: Console, vsock: Vsock | None
+    ) -> None:
+        self.pid = qemu.pid
+        self.pids = {"qemu": qemu.pid, **{name: helper.pid for name, helper in helpers.items()}}
+        self.exited: asyncio.Future[ProcessExit] = qemu.exited
+        self.timings: dict[str, float] = {}
+        """Monotonic seconds of `spawned` (QEMU runs) and `qmp_ready`."""
+        self._qemu = qemu
+        self._helpers = helpers
+        self._console = console
+        self._vsock = vsock
+        self._monitor: Monitor | None = None
+        self._culprit: str | None = None
+
+    @property
+    def vsock(self) -> Vsock:
+        """The way to talk to the guest."""
+        if self._vsock is None:
+            raise LookupError("the machine was specified without a vsock device")
+        return self._vsock
+
+    @property
+    def monitor(self) -> Monitor:
+        """QEMU's monitor, connected since before `booted()` gave us away."""
+        assert self._monitor is not None
+        return self._monitor
+
+    def console_tail(self) -> list[str]:
+        """The guest's last lines on its serial console, oldest first, as printable text."""
+        if self.exited.done():
+            self._console.drain()
+        return self._console.tail()
+
+    def last_progress(self) -> float:
+        """Loop time of the guest's last word on its console; until there is one, of the machine's start."""
+        return self._console.last_read_at
+
+    async def pause(self) -> None:
+        """Stop the guest's processors. Raises QmpError."""
+        await self.monitor.stop()
+
+    async def resume(self) -> None:
+        """Let the guest's processors run. Raises QmpError."""
+        await self.monitor.cont()
+
+    async def stop(self) -> None:
+        """End the machine now and wait for QEMU's end; repeating it is harmless.
+
+        The helpers end with the block of `booted()`.
+        """
+        self._qemu.kill()
+        await self._qemu.wait()
+
+    def failure(self, what: str, why: str = "") -> BootFailed:
+        """The error that says `what` did not work, with all that is known about the reason.
+
+        `why` is used when nothing better is known: when QEMU and its helpers all still run.
+        """
+        ended = self.exited.result() if self.exited.done() else None
+        stderr, console = self._qemu.output_tail(), self.console_tail()
+        if self._culprit is not None:
+            reason = self._culprit
+        elif ended is not None:
+            reason = _with_last_line(_end_of("QEMU", ended), stderr or console)
+        else:
+            reason = _with_last_line(why or "the guest does not answer", console)
+        remedy = "the guest's last words are in containerd's log, with debugging QEMU's arguments too"
+        return BootFailed(what, reason, remedy, exit=ended, stderr_tail=stderr, console_tail=console)
+
+    async def _watch(self, name: str, helper: Process) -> None:
+        """End the machine when a helper dies under it: a guest without its files only hangs."""
+        ended = await helper.wait()
+        if self.exited.done():
+            return
+        reason = _with_last_line(_end_of(name, ended), helper.output_tail())
+        if ended.status != 0:
+            self._culprit = reason
+        await asyncio.wait([self.exited], timeout=_QEMU_END_S)
+        if not self.exited.done():
+            log.error("machine_lost_helper", helper=name, reason=reason)
+            self._culprit = reason
+            self._qemu.kill()
+
+    async def _connect_monitor(self, spec: VmSpec, undo: AsyncExitStack) -> None:
+        try:
+            self._monitor = await undo.enter_async_context(
+                connected(_qmp_path(spec), spec.qmp, self.exited, _log_event)
+            )
+        except QmpUnavailable as err:
+            raise self.failure(_WHAT, str(err)) from err
+        self.timings["qmp_ready"] = time.monotonic()
+
+
+@asynccontextmanager
+async def booted(
+    spec: VmSpec, *, listeners: Mapping[int, OnConnection] | None = None
+) -> AsyncIterator[Machine]:
+    """A running machine for the length of the block; nothing of it is left after it, whatever happens inside.
+
+    The machine is given away when QEMU answers its monitor, long before the guest is up. `listeners` are host
+    ports that the guest may connect to, open before the guest's first instruction.
+
+    Raises BootFailed when QEMU or virtiofsd does not come up, ProgramNotFound, HostUnsupported, InvalidSpec.
+    """
+    _check_files(spec)
+    async with AsyncExitStack() as undo:
+        yield await _boot(spec, listeners or {}, undo)
+
+
+async def _boot(spec: VmSpec, listeners: Mapping[int, OnConnection], undo: AsyncExitStack) -> Machine:
+    spec.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with ExitStack() as handed_over:  # what QEMU inherits, and what is ours no longer once it runs
+        console_end, guest_end = socket.socketpair()
+        handed_over.enter_context(guest_end)
+        console = Console(console_end, spec.run_dir / "console.log")
+        undo.callback(console.close)
+        qmp = handed_over.enter_context(unix_listener(_qmp_path(spec)))
+        undo.callback(_qmp_path(spec).unlink, missing_ok=True)
+        vsock = _vsock_plan(spec, handed_over, undo)
+        shares = [_share_sockets(spec, index, handed_over, undo) for index in range(len(spec.shares))]
+        fds = Fds(
+            qmp=qmp.fileno(),
+            console=guest_end.fileno(),
+            vsock=vsock.fd,
+            guest_cid=vsock.guest_cid,
+            shares=tuple(connection.fileno() for _, connection in shares),
+        )
+        argv = build_cmdline(spec, fds)
+        qemu = await undo.enter_async_context(spawned(argv, fds=fds.all(), netns=spec.netns))
+    spawned_at = time.monotonic()
+    device = _started_vsock(vsock, listeners, undo)
+    helpers = {
+        f"virtiofsd{index or ''}": await undo.enter_async_context(shared_dir(share, listener))
+        for index, (share, (listener, _)) in enumerate(zip(spec.shares, shares, strict=True))
+    }
+    machine = Machine(qemu, helpers, console, device)
+    machine.timings["spawned"] = spawned_at
+    for name, helper in helpers.items():
+        undo.callback(asyncio.create_task(machine._watch(name, helper)).cancel)
+    await machine._connect_monitor(spec, undo)
+    undo.callback(qemu.kill)  # first of all at the end: the rest of the undoing then meets no resistance
+    log.info("machine_started", vm=spec.name, pid=machine.pid, accel=spec.accel)
+    return machine
+
+
+def _share_sockets(
+    spec: VmSpec, index: int, handed_over: ExitStack, undo: AsyncExitStack
+) -> tuple[socket.socket, socket.socket]:
+    """virtiofsd's listener and QEMU's connection to it."""
+    listener, connection = listener_and_connection(spec.run_dir / f"fs{index}.sock")
+    undo.callback(listener.close)
+    return listener, handed_over.enter_context(connection)
+
+
+@dataclass(frozen=True)
+class _VsockPlan:
+    """What QEMU needs of the vsock device before it starts, and how to make our side of it afterwards."""
+
+    fd: int | None
+    guest_cid: int | None
+    make: Callable[[], Vsock | None]
+
+
+def _vsock_plan(spec: VmSpec, handed_over: ExitStack, undo: AsyncExitStack) -> _VsockPlan:
+    if spec.vsock is None:
+        return _VsockPlan(None, None, lambda: None)
+    if spec.vsock == "vhost":
+        from hypervisor.vsock.vhost import VhostVsock, open_device
+
+        fd, guest_cid = open_device()
+        handed_over.callback(os.close, fd)
+        return _VsockPlan(fd, guest_cid, lambda: VhostVsock(guest_cid))
+    ours, qemus = socket.socketpair()
+    handed_over.enter_context(qemus)
+    undo.callback(ours.close)
+    return _VsockPlan(qemus.fileno(), None, lambda: _user_vsock(ours))
+
+
+def _user_vsock(sock: socket.socket) -> Vsock:
+    from hypervisor.vsock.user import UserVsock
+
+    # Each of these devices is a world of its own, so they may all have the same address.
+    return UserVsock(sock, guest_cid=FIRST_GUEST_CID)
+
+
+def _started_vsock(
+    plan: _VsockPlan, listeners: Mapping[int, OnConnection], undo: AsyncExitStack
+) -> Vsock | None:
+    vsock = plan.make()
+    if vsock is not None:
+        undo.push_async_callback(vsock.aclose)
+        for port, on_connection in listeners.items():
+            vsock.listen(port, on_connection)
+    return vsock
+
+
+def _check_files(spec: VmSpec) -> None:
+    """Say at once, and with a remedy, what QEMU would say later and in its own words."""
+    for key, path in (("kernel", spec.kernel), ("initrd", spec.initrd), ("image", spec.image)):
+        if path is not None and not path.is_file():
+            raise BootFailed(
+                _WHAT,
+                f"there is no {key} at {path}",
+                f"install the guest image or correct {key} in the configuration",
+            )
+
+
+def _qmp_path(spec: VmSpec) -> Path:
+    return spec.run_dir / "qmp.sock"
+
+
+def _end_of(name: str, ended: ProcessExit) -> str:
+    return f"{name} ended with {ended}" if ended.signal is None else f"{name} was {ended}"
+
+
+def _with_last_line(text: str, lines: Sequence[str]) -> str:
+    """Add the line that tells most: a panic's first one, which its registers and stack follow, else the last."""
+    panics = [line for line in lines if "Kernel panic" in line]
+    return f"{text}: {(panics or lines)[-1]}" if lines else text
+
+
+def _log_event(name: str, data: Mapping[str, object]) -> None:
+    """What QEMU tells about the guest, as far as it matters for understanding its end."""
+    if name == "GUEST_PANICKED":
+        log.error("guest_panicked", data=dict(data))
+    elif name == "SHUTDOWN":
+        log.info("guest_shut_down", reason=data.get("reason"), by_guest=data.get("guest"))
+    else:
+        log.debug("qmp_event", event_name=name, data=dict(data))
