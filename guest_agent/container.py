@@ -1,0 +1,221 @@
+"""One container: its bundle, its cgroup, its processes. Verbs of one container run one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from guest_agent.cgroup import ROOT, Cgroup
+from guest_agent.errors import AlreadyExists, NotFound, StateConflict
+from guest_agent.jsontext import dumps
+from guest_agent.mount import is_mount_point, mount, unmount
+from guest_agent.process import Process, heeds
+from guest_agent.watch import until
+
+if TYPE_CHECKING:
+    from guest_agent.crun import Crun
+    from guest_agent.oci import Json
+    from guest_agent.watch import FileWatch
+
+BUNDLES = "/run/kata-containers"
+#: Records of ended exec processes kept for late questions; the oldest are dropped.
+MAX_ENDED_EXECS = 64
+
+_TERMINATION_PATH_ANNOTATION = "io.kubernetes.container.terminationMessagePath"
+
+CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
+
+
+class Container:
+    """From `create` to `remove`. The state follows from what happened and from whether the init still runs."""
+
+    def __init__(
+        self,
+        container_id: str,
+        config: Json,
+        engine: Crun,
+        watch: FileWatch,
+        *,
+        pipe_size: int,
+        bundles: str = BUNDLES,
+        cgroup_root: str = ROOT,
+    ) -> None:
+        self.id = container_id
+        self.bundle = f"{bundles}/{container_id}"
+        self.cgroup = Cgroup(container_id, cgroup_root)
+        self.lock = asyncio.Lock()
+        self._config = config
+        self._engine = engine
+        self._watch = watch
+        self._pipe_size = pipe_size
+        self._started = False
+        self._paused = False
+        self._init: Process | None = None
+        self._execs: dict[str, Process] = {}
+        self._starting: set[str] = set()
+
+    @property
+    def init(self) -> Process:
+        """Raises NotFound before the engine made it."""
+        if self._init is None:
+            raise NotFound(f"container {self.id} has no process")
+        return self._init
+
+    @property
+    def state(self) -> str:
+        if self._init is None or not self._init.running:
+            return STOPPED
+        if self._paused:
+            return PAUSED
+        return RUNNING if self._started else CREATED
+
+    @property
+    def pid_namespace(self) -> str:
+        """Path of the init's pid namespace, for containers that share it."""
+        return f"/proc/{self.init.pid}/ns/pid"
+
+    @property
+    def termination_log(self) -> str | None:
+        """Path, in the guest, of the file that Kubernetes has the container explain its end in."""
+        annotations = self._config.get("annotations") or {}
+        mounts = self._config.get("mounts") or []
+        assert isinstance(annotations, dict)
+        assert isinstance(mounts, list)
+        wanted = annotations.get(_TERMINATION_PATH_ANNOTATION, "/dev/termination-log")
+        return next((mounted["source"] for mounted in mounts if mounted["destination"] == wanted), None)
+
+    def process(self, exec_id: str) -> Process:
+        """By exec id; empty or the container's own id is the init. Raises NotFound."""
+        if exec_id in ("", self.id):
+            return self.init
+        try:
+            return self._execs[exec_id]
+        except KeyError:
+            raise NotFound(f"container {self.id} has no process {exec_id!r}") from None
+
+    # The verbs. The caller holds the lock.
+
+    async def create(self) -> None:
+        """Write the bundle and have the engine make the container. Leaves nothing behind when it fails."""
+        os.makedirs(self.bundle, exist_ok=True)
+        try:
+            self._bind_rootfs()
+            with open(f"{self.bundle}/config.json", "w") as file:
+                file.write(dumps(self._config))
+            started = await self._engine.create(
+                self.id, self.bundle, terminal=_terminal(self._config["process"]), pipe_size=self._pipe_size
+            )
+        except BaseException:
+            self._remove_bundle()
+            raise
+        self._init = Process(self.id, started.pid, started.stdio, started.exited)
+
+    def _bind_rootfs(self) -> None:
+        root = self._config["root"]
+        assert isinstance(root, dict)
+        target = f"{self.bundle}/rootfs"
+        if root["path"] != target and not is_mount_point(target):
+            os.makedirs(target, exist_ok=True)
+            mount(str(root["path"]), target, "bind", ["rbind"])
+        root["path"] = target
+
+    async def start(self) -> None:
+        """Raises StateConflict unless the container was just created."""
+        if self._started or self._init is None:
+            raise StateConflict(f"container {self.id} was started before")
+        if not self._init.running:
+            raise StateConflict(f"container {self.id} has ended before it was started")
+        if self._has_hooks("poststart"):
+            await self._engine.start_with_hooks(self.id)
+        else:
+            self._engine.start(self.id)
+        self._started = True
+
+    async def exec(self, exec_id: str, process: Json) -> None:
+        """Raises AlreadyExists while that exec id runs, StateConflict unless the container runs."""
+        if self.state != RUNNING:
+            raise StateConflict(f"cannot exec in container {self.id}: it is {self.state}")
+        known = self._execs.get(exec_id)
+        if exec_id in ("", self.id) or exec_id in self._starting or (known is not None and known.running):
+            raise AlreadyExists(f"container {self.id} has a process {exec_id!r} already")
+        self._starting.add(exec_id)
+        try:
+            started = await self._engine.exec(
+                self.id, process, terminal=_terminal(process), pipe_size=self._pipe_size
+            )
+        finally:
+            self._starting.discard(exec_id)
+        if known is not None:
+            self._drop(exec_id)
+        self._execs[exec_id] = Process(exec_id, started.pid, started.stdio, started.exited)
+        ended = [name for name, process in self._execs.items() if not process.running]
+        for name in ended[: max(0, len(ended) - MAX_ENDED_EXECS)]:
+            self._drop(name)
+
+    def _drop(self, exec_id: str) -> None:
+        self._execs.pop(exec_id).stdio.close()
+
+    def signal(self, exec_id: str, number: int) -> None:
+        """SIGKILL to the container reaches every process of it. Raises NotFound."""
+        process = self.process(exec_id)
+        if exec_id in ("", self.id) and number == signal.SIGTERM and process.running:
+            number = number if heeds(process.pid, number) else signal.SIGKILL
+        if exec_id == "" and number == signal.SIGKILL:
+            self.cgroup.kill()
+        process.signal(number)
+
+    async def pause(self, paused: bool) -> None:
+        """Raises StateConflict in the wrong state. Returns when every process is stopped, or runs again."""
+        wanted = RUNNING if paused else PAUSED
+        if self.state != wanted:
+            raise StateConflict(
+                f"cannot {'pause' if paused else 'resume'} container {self.id}: it is {self.state}"
+            )
+        self.cgroup.freeze(paused)
+        await until(self._watch, f"{self.cgroup.path}/cgroup.events", lambda: self.cgroup.frozen == paused)
+        self._paused = paused
+
+    async def update(self, resources: Json) -> None:
+        if self.state == STOPPED:
+            raise StateConflict(f"cannot update container {self.id}: it is stopped")
+        await self._engine.update(self.id, resources)
+
+    async def remove(self) -> None:
+        """End every process and clean up, in an order in which nothing can be left over. May be repeated."""
+        if self._init is not None:
+            self.cgroup.kill()
+            await self._init.wait()
+            if self.cgroup.populated:
+                await until(
+                    self._watch, f"{self.cgroup.path}/cgroup.events", lambda: not self.cgroup.populated
+                )
+        if self._has_hooks("poststop"):
+            await self._engine.delete_with_hooks(self.id)
+        self.cgroup.remove()
+        self._engine.forget(self.id)
+        for process in (self._init, *self._execs.values()):
+            if process is not None:
+                process.stdio.close()
+        self._remove_bundle()
+
+    def _remove_bundle(self) -> None:
+        rootfs = f"{self.bundle}/rootfs"
+        unmount(rootfs)
+        # Directories are removed only when empty: were the unmount to fail, the container's files would survive.
+        for remove, path in (
+            (os.unlink, f"{self.bundle}/config.json"), (os.rmdir, rootfs), (os.rmdir, self.bundle),
+        ):  # fmt: skip
+            try:
+                remove(path)
+            except FileNotFoundError:
+                continue
+
+    def _has_hooks(self, kind: str) -> bool:
+        hooks = self._config.get("hooks")
+        return isinstance(hooks, dict) and bool(hooks.get(kind))
+
+
+def _terminal(process: object) -> bool:
+    return isinstance(process, dict) and bool(process.get("terminal"))

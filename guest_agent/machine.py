@@ -1,0 +1,91 @@
+"""The virtual machine seen from inside: processors and memory that come online, clock, entropy, what it can do."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import time
+
+from guest_agent.errors import InvalidRequest
+
+_RNDADDENTROPY = 0x40085203
+_RNDRESEEDCRNG = 0x5207
+SYS = "/sys/devices/system"
+VERSION_FILE = "/usr/lib/kata-py/version"
+
+
+def version() -> str:
+    """The agent's version as the image's builder wrote it down."""
+    try:
+        with open(VERSION_FILE) as file:
+            return file.read().strip()
+    except FileNotFoundError:
+        return "unknown"
+
+
+def online_everything(memory: bool, root: str = SYS) -> int:
+    """Bring every processor, and memory block, online. Returns the number of processors online. Raises OSError."""
+    for name in sorted(os.listdir(f"{root}/cpu")):
+        path = f"{root}/cpu/{name}/online"
+        if name.startswith("cpu") and name[3:].isdigit() and _read(path) == "0":
+            _write(path, "1")
+    if memory and os.path.isdir(f"{root}/memory"):
+        for name in sorted(os.listdir(f"{root}/memory")):
+            path = f"{root}/memory/{name}/state"
+            if name.startswith("memory") and _read(path) == "offline":
+                _write(path, "online")
+    return _count(_read(f"{root}/cpu/online"))
+
+
+def memory_block_bytes(root: str = SYS) -> int:
+    """Size of the pieces in which memory can be added, 0 when it cannot."""
+    text = _read(f"{root}/memory/block_size_bytes")
+    return int(text, 16) if text else 0
+
+
+def can_probe_memory(root: str = SYS) -> bool:
+    return os.path.exists(f"{root}/memory/probe")
+
+
+def set_clock(seconds: int, microseconds: int) -> None:
+    """Set the time of day. Raises InvalidRequest, OSError."""
+    if seconds < 0 or not 0 <= microseconds < 1_000_000:
+        raise InvalidRequest(f"{seconds} seconds and {microseconds} microseconds are no time of day")
+    time.clock_settime_ns(time.CLOCK_REALTIME, seconds * 1_000_000_000 + microseconds * 1000)
+
+
+def reseed(data: bytes) -> None:
+    """Mix bytes from the host into the random number generator and have it start from them. Raises OSError."""
+    fd = os.open("/dev/random", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _RNDADDENTROPY, struct.pack("ii", len(data) * 8, len(data)) + data)
+        fcntl.ioctl(fd, _RNDRESEEDCRNG)
+    finally:
+        os.close(fd)
+
+
+def _count(ranges: str) -> int:
+    """ "0-2,5" are four."""
+    total = 0
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        if first:
+            total += int(last or first) - int(first) + 1
+    return total
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError as err:
+        if err.errno in (errno.ENOENT, errno.EINVAL, errno.EACCES):
+            return ""
+        raise
+
+
+def _write(path: str, value: str) -> None:
+    with open(path, "w") as file:
+        file.write(value)

@@ -1,0 +1,295 @@
+"""The RPC methods of grpc.AgentService and grpc.Health: decode, call, encode. Decisions are made elsewhere.
+
+What changes something runs in a task of its own: when the host goes away in the middle, ttrpc cancels the handler,
+and a half-made container would be left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+from google.protobuf.empty_pb2 import Empty
+
+from agent_proto.gen import agent_pb2, csi_pb2, health_pb2
+from guest_agent import machine
+from guest_agent.errors import InvalidRequest, NotFound, NotSupported
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from guest_agent.cmdline import Settings
+    from guest_agent.log import Log
+    from guest_agent.sandbox import Sandbox
+    from guest_agent.uevent import Uevents
+    from ttrpc import Call, Handler
+
+TTRPC_PROTOCOL_VERSION = "0.0.1"
+DEVICE_HANDLERS: tuple[str, ...] = ()
+EXTRA_FEATURES: tuple[str, ...] = ("kata-py",)
+MAX_DIAGNOSTIC_BYTES = 64 * 1024
+
+
+class AgentService:
+    """Answers for one sandbox."""
+
+    def __init__(self, sandbox: Sandbox, settings: Settings, uevents: Uevents, log: Log) -> None:
+        self._sandbox = sandbox
+        self._settings = settings
+        self._uevents = uevents
+        self._log = log
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def handlers(self) -> dict[str, Handler]:
+        """By method name, for ttrpc. Every other method of the service answers UNIMPLEMENTED with its name."""
+        return {
+            "CreateSandbox": self.create_sandbox,
+            "DestroySandbox": self.destroy_sandbox,
+            "GetGuestDetails": self.get_guest_details,
+            "SetGuestDateTime": self.set_guest_date_time,
+            "ReseedRandomDev": self.reseed_random_dev,
+            "OnlineCPUMem": self.online_cpu_mem,
+            "CopyFile": self.copy_file,
+            "UpdateEphemeralMounts": self.update_ephemeral_mounts,
+            "GetMetrics": self.get_metrics,
+            "GetVolumeStats": self.get_volume_stats,
+            "GetDiagnosticData": self.get_diagnostic_data,
+            "GetOOMEvent": self.get_oom_event,
+            "CreateContainer": self.create_container,
+            "StartContainer": self.start_container,
+            "RemoveContainer": self.remove_container,
+            "UpdateContainer": self.update_container,
+            "StatsContainer": self.stats_container,
+            "PauseContainer": self.pause_container,
+            "ResumeContainer": self.resume_container,
+            "ExecProcess": self.exec_process,
+            "SignalProcess": self.signal_process,
+            "WaitProcess": self.wait_process,
+            "WriteStdin": self.write_stdin,
+            "CloseStdin": self.close_stdin,
+            "ReadStdout": self.read_stdout,
+            "ReadStderr": self.read_stderr,
+            "TtyWinResize": self.tty_win_resize,
+        }
+
+    def health_handlers(self) -> dict[str, Handler]:
+        return {"Check": self.check, "Version": self.version}
+
+    async def _finish(self, work: Coroutine[object, object, None]) -> Empty:
+        """Do the work to its end, whether or not somebody still waits for the answer."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+        return Empty()
+
+    # grpc.Health
+
+    async def check(self, request: health_pb2.CheckRequest, call: Call) -> health_pb2.HealthCheckResponse:
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    async def version(self, request: health_pb2.CheckRequest, call: Call) -> health_pb2.VersionCheckResponse:
+        return health_pb2.VersionCheckResponse(
+            grpc_version=TTRPC_PROTOCOL_VERSION, agent_version=machine.version()
+        )
+
+    # The sandbox and the machine
+
+    async def create_sandbox(self, request: agent_pb2.CreateSandboxRequest, call: Call) -> Empty:
+        self._sandbox.create(request)
+        self._log.info("sandbox_created", sandbox=self._sandbox.id)
+        return Empty()
+
+    async def destroy_sandbox(self, request: agent_pb2.DestroySandboxRequest, call: Call) -> Empty:
+        return await self._finish(self._sandbox.destroy())
+
+    async def get_guest_details(
+        self, request: agent_pb2.GuestDetailsRequest, call: Call
+    ) -> agent_pb2.GuestDetailsResponse:
+        details = agent_pb2.AgentDetails(
+            version=machine.version(),
+            init_daemon=os.getpid() == 1,
+            device_handlers=DEVICE_HANDLERS,
+            storage_handlers=self._sandbox.storages.drivers,
+            supports_seccomp=True,
+            extra_features=EXTRA_FEATURES,
+        )
+        return agent_pb2.GuestDetailsResponse(
+            agent_details=details,
+            mem_block_size_bytes=machine.memory_block_bytes() if request.mem_block_size else 0,
+            support_mem_hotplug_probe=request.mem_hotplug_probe and machine.can_probe_memory(),
+        )
+
+    async def set_guest_date_time(self, request: agent_pb2.SetGuestDateTimeRequest, call: Call) -> Empty:
+        machine.set_clock(request.Sec, request.Usec)
+        return Empty()
+
+    async def reseed_random_dev(self, request: agent_pb2.ReseedRandomDevRequest, call: Call) -> Empty:
+        machine.reseed(request.data)
+        return Empty()
+
+    async def online_cpu_mem(self, request: agent_pb2.OnlineCPUMemRequest, call: Call) -> Empty:
+        memory = not request.cpu_only
+        wanted = request.nb_cpus
+        if machine.online_everything(memory) < wanted and request.wait:
+            async with asyncio.timeout(self._settings.hotplug_timeout_s):
+                await self._uevents.until(lambda: machine.online_everything(memory) >= wanted)
+        return Empty()
+
+    async def copy_file(self, request: agent_pb2.CopyFileRequest, call: Call) -> Empty:
+        from guest_agent import files
+
+        files.copy(request)
+        return Empty()
+
+    async def update_ephemeral_mounts(
+        self, request: agent_pb2.UpdateEphemeralMountsRequest, call: Call
+    ) -> Empty:
+        for storage in request.storages:
+            self._sandbox.storages.remount(storage)
+        return Empty()
+
+    async def get_metrics(self, request: agent_pb2.GetMetricsRequest, call: Call) -> agent_pb2.Metrics:
+        from guest_agent import stats
+
+        return agent_pb2.Metrics(metrics=stats.metrics(self._sandbox.running))
+
+    async def get_volume_stats(
+        self, request: agent_pb2.VolumeStatsRequest, call: Call
+    ) -> csi_pb2.VolumeStatsResponse:
+        from guest_agent import stats
+
+        return stats.volume_stats(request.volume_guest_path)
+
+    async def get_diagnostic_data(
+        self, request: agent_pb2.GetDiagnosticDataRequest, call: Call
+    ) -> agent_pb2.GetDiagnosticDataResponse:
+        if request.log_type != "termination_log":
+            raise NotSupported(f"diagnostic data of type {request.log_type!r}")
+        path = self._sandbox.container(request.container_id).termination_log
+        if path is None:
+            raise NotFound(f"container {request.container_id} has no termination log")
+        with open(path, "rb") as file:
+            data = file.read(MAX_DIAGNOSTIC_BYTES)
+        return agent_pb2.GetDiagnosticDataResponse(data=data.decode(errors="replace"))
+
+    async def get_oom_event(self, request: agent_pb2.GetOOMEventRequest, call: Call) -> agent_pb2.OOMEvent:
+        return agent_pb2.OOMEvent(container_id=await self._sandbox.next_oom())
+
+    # Containers
+
+    async def create_container(self, request: agent_pb2.CreateContainerRequest, call: Call) -> Empty:
+        return await self._finish(self._sandbox.create_container(request))
+
+    async def start_container(self, request: agent_pb2.StartContainerRequest, call: Call) -> Empty:
+        container = self._sandbox.container(request.container_id)
+
+        async def start() -> None:
+            async with container.lock:
+                await container.start()
+
+        return await self._finish(start())
+
+    async def remove_container(self, request: agent_pb2.RemoveContainerRequest, call: Call) -> Empty:
+        return await self._finish(
+            self._sandbox.remove_container(request.container_id, request.timeout or None)
+        )
+
+    async def update_container(self, request: agent_pb2.UpdateContainerRequest, call: Call) -> Empty:
+        from agent_proto.oci_json import to_json
+
+        container = self._sandbox.container(request.container_id)
+        resources = to_json(request.resources)
+
+        async def update() -> None:
+            async with container.lock:
+                await container.update(resources)
+
+        return await self._finish(update())
+
+    async def stats_container(
+        self, request: agent_pb2.StatsContainerRequest, call: Call
+    ) -> agent_pb2.StatsContainerResponse:
+        from guest_agent import stats
+
+        return stats.container_stats(self._sandbox.container(request.container_id).cgroup)
+
+    async def pause_container(self, request: agent_pb2.PauseContainerRequest, call: Call) -> Empty:
+        return await self._pause(request.container_id, True)
+
+    async def resume_container(self, request: agent_pb2.ResumeContainerRequest, call: Call) -> Empty:
+        return await self._pause(request.container_id, False)
+
+    async def _pause(self, container_id: str, paused: bool) -> Empty:
+        container = self._sandbox.container(container_id)
+
+        async def pause() -> None:
+            async with container.lock:
+                await container.pause(paused)
+
+        return await self._finish(pause())
+
+    # Processes
+
+    async def exec_process(self, request: agent_pb2.ExecProcessRequest, call: Call) -> Empty:
+        from agent_proto.oci_json import to_json
+
+        if not request.HasField("process") or not request.process.Args:
+            raise InvalidRequest("exec needs a process with arguments")
+        container = self._sandbox.container(request.container_id)
+        process = to_json(request.process)
+
+        async def execute() -> None:
+            async with container.lock:
+                await container.exec(request.exec_id, process)
+
+        return await self._finish(execute())
+
+    async def signal_process(self, request: agent_pb2.SignalProcessRequest, call: Call) -> Empty:
+        if not 1 <= request.signal <= 64:
+            raise InvalidRequest(f"{request.signal} is no signal")
+        self._sandbox.container(request.container_id).signal(request.exec_id, request.signal)
+        return Empty()
+
+    async def wait_process(
+        self, request: agent_pb2.WaitProcessRequest, call: Call
+    ) -> agent_pb2.WaitProcessResponse:
+        process = self._sandbox.process(request.container_id, request.exec_id)
+        return agent_pb2.WaitProcessResponse(status=await process.wait())
+
+    async def write_stdin(
+        self, request: agent_pb2.WriteStreamRequest, call: Call
+    ) -> agent_pb2.WriteStreamResponse:
+        stdio = self._sandbox.process(request.container_id, request.exec_id).stdio
+        written = 0
+        if not request.data:
+            stdio.close_stdin()
+        elif stdio.stdin is not None:
+            written = await stdio.stdin.write(request.data)
+        return agent_pb2.WriteStreamResponse(len=written)
+
+    async def close_stdin(self, request: agent_pb2.CloseStdinRequest, call: Call) -> Empty:
+        self._sandbox.process(request.container_id, request.exec_id).stdio.close_stdin()
+        return Empty()
+
+    async def read_stdout(
+        self, request: agent_pb2.ReadStreamRequest, call: Call
+    ) -> agent_pb2.ReadStreamResponse:
+        stream = self._sandbox.process(request.container_id, request.exec_id).stdio.stdout
+        return agent_pb2.ReadStreamResponse(
+            data=await stream.read(request.len) if stream is not None else b""
+        )
+
+    async def read_stderr(
+        self, request: agent_pb2.ReadStreamRequest, call: Call
+    ) -> agent_pb2.ReadStreamResponse:
+        stream = self._sandbox.process(request.container_id, request.exec_id).stdio.stderr
+        return agent_pb2.ReadStreamResponse(
+            data=await stream.read(request.len) if stream is not None else b""
+        )
+
+    async def tty_win_resize(self, request: agent_pb2.TtyWinResizeRequest, call: Call) -> Empty:
+        stdio = self._sandbox.process(request.container_id, request.exec_id).stdio
+        stdio.resize(request.row, request.column)
+        return Empty()

@@ -1,0 +1,198 @@
+"""Storages: what the host asks to have mounted in the guest before a container uses it.
+
+Several containers may name the same mount point; it is mounted once and unmounted with its last user.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from guest_agent.errors import InvalidRequest, NotSupported
+from guest_agent.mount import mount, unmount
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from agent_proto.gen import agent_pb2
+    from guest_agent.modules import Modules
+
+    Handler = Callable[["agent_pb2.Storage"], None]
+
+#: types.FSGroupChangePolicy.OnRootMismatch
+_ON_ROOT_MISMATCH = 1
+_SETGID_GROUP_BITS = 0o2070
+
+
+class Storages:
+    """What is mounted, and for whom."""
+
+    def __init__(self, modules: Modules) -> None:
+        self._modules = modules
+        self._users: dict[str, set[str]] = {}
+        self._handlers: dict[str, Handler] = {
+            "virtio-fs": self._mount_as_is,
+            "overlayfs": self._mount_overlay,
+            "ephemeral": self._mount_ephemeral,
+            "local": self._make_local,
+            "bind": self._bind,
+            # Changes of a shared directory show in a bind of it at once, so there is nothing to watch.
+            "watchable-bind": self._bind,
+            "blk": self._mount_device,
+            "mmioblk": self._mount_device,
+            "nvdimm": self._mount_device,
+            "scsi": self._mount_device,
+        }
+
+    @property
+    def drivers(self) -> list[str]:
+        return sorted(self._handlers)
+
+    def add(self, storages: Iterable[agent_pb2.Storage], user: str) -> None:
+        """Mount what is not mounted yet, for `user`. All or nothing: when one fails, those before it are released.
+
+        Raises NotSupported, InvalidRequest, OSError.
+        """
+        added: list[str] = []
+        try:
+            for storage in storages:
+                if self._add(storage, user):
+                    added.append(storage.mount_point)  # noqa: PERF401  # it must hold what worked so far
+        except BaseException:
+            for mount_point in reversed(added):
+                self._release(mount_point, user)
+            raise
+
+    def _add(self, storage: agent_pb2.Storage, user: str) -> bool:
+        handler = self._handlers.get(storage.driver)
+        if handler is None:
+            raise NotSupported(f"storage driver {storage.driver!r} for {storage.mount_point}")
+        if not storage.mount_point.startswith("/"):
+            raise InvalidRequest(f"storage mount point {storage.mount_point!r} is not an absolute path")
+        users = self._users.get(storage.mount_point)
+        if users is not None:
+            fresh = user not in users
+            users.add(user)
+            return fresh
+        handler(storage)
+        if storage.HasField("fs_group"):
+            set_group(storage.mount_point, storage.fs_group.group_id, storage.fs_group.group_change_policy)
+        self._users[storage.mount_point] = {user}
+        return True
+
+    def release(self, user: str) -> None:
+        """Unmount what only `user` used, last mounted first. Raises OSError after trying all."""
+        problem: OSError | None = None
+        for mount_point in reversed([path for path, users in self._users.items() if user in users]):
+            try:
+                self._release(mount_point, user)
+            except OSError as err:
+                problem = problem or err
+        if problem is not None:
+            raise problem
+
+    def _release(self, mount_point: str, user: str) -> None:
+        users = self._users[mount_point]
+        users.discard(user)
+        if not users:
+            del self._users[mount_point]
+            unmount(mount_point)
+
+    def remount(self, storage: agent_pb2.Storage) -> None:
+        """Change the options of an ephemeral storage. Raises InvalidRequest for any other, OSError."""
+        if storage.driver != "ephemeral":
+            raise InvalidRequest(
+                f"only ephemeral storages can change, not {storage.driver!r} on {storage.mount_point}"
+            )
+        mount(
+            storage.source, storage.mount_point, storage.fstype, ["remount", *_without_fsgid(storage.options)]
+        )
+
+    def _mount_as_is(self, storage: agent_pb2.Storage) -> None:
+        self._modules.load_if_present(storage.fstype)
+        os.makedirs(storage.mount_point, exist_ok=True)
+        mount(storage.source, storage.mount_point, storage.fstype, storage.options)
+
+    def _mount_overlay(self, storage: agent_pb2.Storage) -> None:
+        for option in storage.options:
+            name, _, path = option.partition("=")
+            if name in ("upperdir", "workdir"):
+                os.makedirs(path, exist_ok=True)
+        self._mount_as_is(storage)
+
+    def _mount_ephemeral(self, storage: agent_pb2.Storage) -> None:
+        os.makedirs(storage.mount_point, exist_ok=True)
+        mount(storage.source, storage.mount_point, storage.fstype, _without_fsgid(storage.options))
+        _apply_fsgid(storage)
+
+    def _make_local(self, storage: agent_pb2.Storage) -> None:
+        os.makedirs(storage.mount_point, exist_ok=True)
+        mode = _option(storage.options, "mode")
+        if mode is not None:
+            os.chmod(storage.mount_point, _number(mode, 8, storage))
+        _apply_fsgid(storage)
+
+    def _bind(self, storage: agent_pb2.Storage) -> None:
+        if os.path.isdir(storage.source):
+            os.makedirs(storage.mount_point, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(storage.mount_point), exist_ok=True)
+            with open(storage.mount_point, "a"):
+                pass
+        mount(storage.source, storage.mount_point, "bind", storage.options)
+
+    def _mount_device(self, storage: agent_pb2.Storage) -> None:
+        if not storage.source.startswith("/dev/"):
+            raise NotSupported(
+                f"storage {storage.mount_point} by bus address {storage.source!r}; give its /dev path"
+            )
+        if not stat.S_ISBLK(os.stat(storage.source).st_mode):
+            raise InvalidRequest(f"storage source {storage.source} is not a block device")
+        self._mount_as_is(storage)
+
+
+def set_group(path: str, group_id: int, policy: int) -> None:
+    """Give a volume to a group: everything in it is the group's, writable for it, and stays so for new files."""
+    root = os.lstat(path)
+    fits = root.st_gid == group_id and root.st_mode & _SETGID_GROUP_BITS == _SETGID_GROUP_BITS
+    if policy == _ON_ROOT_MISMATCH and fits:
+        return
+    for directory, names, files in os.walk(path):
+        for name in (*names, *files):
+            _set_group(os.path.join(directory, name), group_id)
+    # Last, because it is the mark by which the work is known to be done.
+    _set_group(path, group_id)
+
+
+def _set_group(path: str, group_id: int) -> None:
+    info = os.lstat(path)
+    os.lchown(path, -1, group_id)
+    if stat.S_ISDIR(info.st_mode):
+        os.chmod(path, stat.S_IMODE(info.st_mode) | _SETGID_GROUP_BITS)
+    elif stat.S_ISREG(info.st_mode):
+        os.chmod(path, stat.S_IMODE(info.st_mode) | 0o060)
+
+
+def _apply_fsgid(storage: agent_pb2.Storage) -> None:
+    value = _option(storage.options, "fsgid")
+    if value is not None:
+        os.chown(storage.mount_point, -1, _number(value, 10, storage))
+        os.chmod(storage.mount_point, 0o2775)  # noqa: S103  # what Kubernetes promises for fsGroup
+
+
+def _option(options: Iterable[str], name: str) -> str | None:
+    return next(
+        (value for option, _, value in (word.partition("=") for word in options) if option == name), None
+    )
+
+
+def _without_fsgid(options: Iterable[str]) -> list[str]:
+    return [option for option in options if not option.startswith("fsgid=")]
+
+
+def _number(text: str, base: int, storage: agent_pb2.Storage) -> int:
+    try:
+        return int(text, base)
+    except ValueError as err:
+        raise InvalidRequest(f"storage {storage.mount_point}: {text!r} is not a number") from err

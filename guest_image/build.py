@@ -1,0 +1,236 @@
+"""The order of a build: packages, kernel, Python, tree, files. Each step tells what it does.
+
+Nothing is done when nothing changed: the manifest of the last build carries a digest of what it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import stat
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import google.protobuf
+
+from guest_image import kernel
+from guest_image.apt import Apt
+from guest_image.contents import DATA_DIR, Contents
+from guest_image.cpio import Tree
+from guest_image.errors import ImageError
+from guest_image.foreign import for_architecture
+from guest_image.manifest import FILE_NAME, Manifest
+from guest_image.python_set import AGENT_PACKAGES, GuestPython, modules_of
+from guest_image.tools import host_arch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from guest_image.apt import Package
+    from guest_image.tools import Root
+
+VMLINUX, INITRD = "vmlinux", "initrd.img"
+#: The directory that holds our packages: of the source tree, or of an installation.
+PACKAGES_DIR = Path(__file__).parent.parent
+KERNEL_PACKAGES = {
+    "amd64": "linux-image-cloud-amd64",
+    "arm64": "linux-image-cloud-arm64",
+    "s390x": "linux-image-s390x",
+}
+#: What the agent loads before it listens, then what it loads when a storage or a device asks for it.
+KERNEL_MODULES = (
+    *("virtio_pci", "vmw_vsock_virtio_transport"),
+    *("virtiofs", "overlay", "virtio_blk", "virtio_net"),
+)
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The unpacked packages: of the guest, and of programs this machine runs during the build."""
+
+    packages: list[Package]
+    guest: Root
+    kernel: Root
+    tools: Root
+
+
+def build(
+    output: Path, *, arch: str = "amd64", progress: Callable[[str], None], suite: str | None = None
+) -> Manifest:
+    """Make `vmlinux`, `initrd.img` and `manifest.json` in `output`, without root, from Debian packages.
+
+    `suite` chooses another Debian suite than the machine's. Downloads are kept in the user's cache directory.
+    When nothing changed since the last build into `output`, it is kept. Raises ImageError.
+    """
+    if arch not in KERNEL_PACKAGES:
+        raise ImageError(f"no guest image for architecture {arch!r}: known are {', '.join(KERNEL_PACKAGES)}")
+    inputs = _inputs_digest(arch, suite)
+    known = _up_to_date(output, inputs)
+    if known is not None:
+        progress(f"guest image in {output} is up to date")
+        return known
+    sources = _sources(arch, suite, progress)
+    image = _Image(sources, arch, progress)
+    progress("unpacking the kernel")
+    vmlinux = image.vmlinux()
+    progress("collecting and compiling Python modules")
+    image.fill()
+    progress("writing the initrd")
+    initrd, manifest = image.finish(len(vmlinux), inputs)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, data in ((VMLINUX, vmlinux), (INITRD, initrd), (FILE_NAME, manifest.to_json().encode())):
+        _replace(output / name, data)
+    return manifest
+
+
+class _Image:
+    """One image in the making."""
+
+    def __init__(self, sources: _Sources, arch: str, progress: Callable[[str], None]) -> None:
+        self._sources = sources
+        self._arch = arch
+        self._progress = progress
+        self._python = GuestPython(sources.tools if arch != host_arch() else sources.guest)
+        self._contents = Contents(Tree(), sources.guest)
+        modules = sorted((sources.kernel.path / "lib/modules").glob("*")) or sorted(
+            (sources.kernel.path / "usr/lib/modules").glob("*")
+        )
+        if len(modules) != 1:
+            raise ImageError(f"expected one kernel in the unpacked package, found {len(modules)}")
+        self._modules_dir = kernel.ModuleDirectory(modules[0])
+        self._python_modules = 0
+        self._module_names: list[str] = []
+
+    def vmlinux(self) -> bytes:
+        path = self._sources.kernel.find(f"boot/vmlinuz-{self._modules_dir.release}")
+        data = path.read_bytes()
+        return kernel.vmlinux(data, path.name, self._sources.tools) if self._arch == "amd64" else data
+
+    def fill(self) -> None:
+        contents, guest = self._contents, self._sources.guest
+        contents.skeleton(self._python.name)
+        contents.program(
+            "Python", guest.find(f"usr/bin/{self._python.name}"), f"/usr/bin/{self._python.name}"
+        )
+        contents.program("crun", guest.find("usr/bin/crun"), "/usr/bin/crun")
+        entries = modules_of(AGENT_PACKAGES[0], PACKAGES_DIR)
+        site = Path(google.protobuf.__file__).parent.parent.parent
+        modules = self._python.collect(entries, [PACKAGES_DIR, site])
+        if self._arch != host_arch():
+            cache = cache_dir() / f"wheels-{self._arch}"
+            modules = for_architecture(modules, guest, self._python.name, cache, self._progress)
+        contents.python(modules, self._python.name)
+        self._python_modules = len(modules.bytecode) + len(modules.extensions)
+        drivers = self._modules_dir.closure(KERNEL_MODULES)
+        contents.kernel_modules(self._modules_dir.release, drivers, self._modules_dir.builtin)
+        self._module_names = [module.name for module in drivers]
+
+    def finish(self, vmlinux_bytes: int, inputs: str) -> tuple[bytes, Manifest]:
+        contents = self._contents
+        version = agent_version()
+        contents.add("agent", f"{DATA_DIR}/version", version.encode())
+        facts = {
+            "agent_version": version,
+            "arch": self._arch,
+            "kernel_release": self._modules_dir.release,
+            "python_version": self._python.version(),
+            "protobuf_version": google.protobuf.__version__,
+            "packages": self._packages_used(),
+            "kernel_modules": self._module_names,
+            "python_modules": self._python_modules,
+            "parts": contents.parts,
+            "files": len(contents.tree),
+            "files_sha256": _tree_digest(contents.tree),
+            "vmlinux_bytes": vmlinux_bytes,
+            "inputs_sha256": inputs,
+            "notes": contents.notes,
+        }
+        inside = Manifest(**facts, initrd_bytes=0)  # type: ignore[arg-type]
+        contents.tree.file(f"{DATA_DIR}/{FILE_NAME}", inside.to_json().encode())
+        initrd = contents.tree.to_cpio()
+        return initrd, Manifest(**facts, initrd_bytes=len(initrd))  # type: ignore[arg-type]
+
+    def _packages_used(self) -> dict[str, str]:
+        used = {*self._contents.packages, *self._sources.kernel.owners.values()}
+        return {package.name: package.version for package in self._sources.packages if package.name in used}
+
+
+def agent_version() -> str:
+    """The project's version, from its installation or from the source tree."""
+    try:
+        return importlib.metadata.version("kata-py")
+    except importlib.metadata.PackageNotFoundError:
+        project = tomllib.loads((PACKAGES_DIR / "pyproject.toml").read_text())
+        return str(project["project"]["version"])
+
+
+def cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "kata-py" / "guest"
+
+
+def _sources(arch: str, suite: str | None, progress: Callable[[str], None]) -> _Sources:
+    def unpacked(kind: str, of_arch: str) -> Apt:
+        apt = Apt(cache_dir() / f"{suite or 'default'}-{of_arch}" / kind, arch=of_arch, suite=suite)
+        apt.refresh(progress)
+        return apt
+
+    apt = unpacked("guest", arch)
+    python = next((name for name in apt.depends("python3-minimal") if name.startswith("python3.")), None)
+    image = next(
+        (name for name in apt.depends(KERNEL_PACKAGES[arch]) if name.startswith("linux-image-")), None
+    )
+    if python is None or image is None:
+        raise ImageError(f"the mirror's suite has no {'kernel' if python else 'Python'} for {arch}")
+    stdlib = f"lib{python.removesuffix('-minimal')}-stdlib"
+    tool_names = ["lz4", "zstd", python, stdlib]
+    guest_packages = apt.closure([python, stdlib, "crun", *(tool_names if arch == host_arch() else ())])
+    kernel_packages = apt.alone([image])
+    guest = apt.unpack("root", guest_packages, progress)
+    tools = guest
+    if arch != host_arch():
+        tools_apt = unpacked("tools", host_arch())
+        tools = tools_apt.unpack("root", tools_apt.closure(tool_names), progress)
+    kernel_root = apt.unpack("kernel", kernel_packages, progress)
+    return _Sources(guest_packages + kernel_packages, guest, kernel_root, tools)
+
+
+def _inputs_digest(arch: str, suite: str | None) -> str:
+    digest = hashlib.sha256(f"{arch} {suite} {google.protobuf.__version__} {agent_version()}\n".encode())
+    for path in _input_files():
+        digest.update(f"{path.relative_to(PACKAGES_DIR)}\n".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _input_files() -> Iterator[Path]:
+    for package in (*AGENT_PACKAGES, "guest_image"):
+        yield from sorted((PACKAGES_DIR / package).rglob("*.py"))
+
+
+def _up_to_date(output: Path, inputs: str) -> Manifest | None:
+    try:
+        manifest = Manifest.read(output / FILE_NAME)
+        sizes = ((output / VMLINUX).stat().st_size, (output / INITRD).stat().st_size)
+    except (ImageError, FileNotFoundError):
+        return None
+    same = manifest.inputs_sha256 == inputs and sizes == (manifest.vmlinux_bytes, manifest.initrd_bytes)
+    return manifest if same else None
+
+
+def _tree_digest(tree: Tree) -> str:
+    digest = hashlib.sha256()
+    for path, entry in tree:
+        digest.update(f"{path} {stat.filemode(entry.mode)} {entry.device}\n".encode())
+        digest.update(hashlib.sha256(entry.data).digest())
+    return digest.hexdigest()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Never a half-written file under the final name, also when two builds run at once."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    partial.rename(path)

@@ -1,0 +1,15 @@
+"""What can go wrong while the guest image is made.
+
+ImageError            the build cannot go on; the text names the step, the object and what to do
+└── ToolFailed        a program of the distribution failed; the text quotes its command and its last line
+"""
+
+from __future__ import annotations
+
+
+class ImageError(Exception):
+    """The guest image cannot be built. The message is one line: what failed, on what, and what to try."""
+
+
+class ToolFailed(ImageError):
+    """A program we ran exited with an error."""

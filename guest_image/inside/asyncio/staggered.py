@@ -1,0 +1,1 @@
+"""Racing connection attempts, which only host names with several addresses need."""

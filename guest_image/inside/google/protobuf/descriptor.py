@@ -1,0 +1,2 @@
+# mypy: ignore-errors
+_USE_C_DESCRIPTORS = True

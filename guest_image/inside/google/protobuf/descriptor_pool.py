@@ -1,0 +1,6 @@
+# mypy: ignore-errors
+from google._upb._message import default_pool
+
+
+def Default():
+    return default_pool

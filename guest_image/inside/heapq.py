@@ -1,0 +1,2 @@
+# mypy: ignore-errors
+from _heapq import *  # noqa: F403

@@ -1,0 +1,2 @@
+# mypy: ignore-errors
+raise ImportError("the guest has no TLS")

@@ -1,0 +1,67 @@
+"""What a built image consists of, readable by people and by the code that decides whether to build again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from guest_image.errors import ImageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Written beside the image as manifest.json. Sizes are bytes, digests are SHA-256 in hexadecimal."""
+
+    agent_version: str
+    arch: str
+    kernel_release: str
+    python_version: str
+    protobuf_version: str
+    packages: dict[str, str]
+    """Debian packages that files were taken from, with their versions."""
+    kernel_modules: list[str]
+    python_modules: int
+    parts: dict[str, int]
+    """Bytes in the initrd by kind of content."""
+    files: int
+    files_sha256: str
+    """Digest over path, mode and contents of every file in the initrd."""
+    vmlinux_bytes: int
+    initrd_bytes: int
+    inputs_sha256: str
+    """Digest over everything the build read that is not a package: sources, options, versions."""
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Raises ImageError when the file is missing or is not a manifest of this version of the builder."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as err:
+            raise ImageError(f"{path} is not a usable manifest: {err}") from err
+
+    def __str__(self) -> str:
+        versions = (
+            f"kernel {self.kernel_release}, Python {self.python_version}, protobuf {self.protobuf_version}"
+        )
+        counts = f"({self.files} files, {self.python_modules} Python modules)"
+        lines = [
+            f"agent {self.agent_version} on {self.arch}, {versions}",
+            f"vmlinux {self.vmlinux_bytes / 1e6:.1f} MB, initrd {self.initrd_bytes / 1e6:.1f} MB {counts}",
+        ]
+        lines += [
+            f"  {size / 1e6:6.2f} MB  {part}"
+            for part, size in sorted(self.parts.items(), key=lambda p: -p[1])
+        ]
+        lines.append("kernel modules: " + " ".join(self.kernel_modules))
+        lines.append("packages: " + ", ".join(f"{name} {version}" for name, version in self.packages.items()))
+        return "\n".join(lines + self.notes)

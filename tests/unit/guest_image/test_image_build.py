@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guest_image import ImageError, Manifest, build
+from guest_image import build as build_function
+from guest_image.apt import Apt, Package
+
+MODULE = sys.modules["guest_image.build"]
+
+
+def manifest(**changes: Any) -> Manifest:
+    fields: dict[str, Any] = {
+        "agent_version": "1.2.3", "arch": "amd64", "kernel_release": "6.1.0", "python_version": "3.11.2",
+        "protobuf_version": "6.31", "packages": {"crun": "1.8.1"}, "kernel_modules": ["vsock"], "python_modules": 3,
+        "parts": {"Python": 7_000_000, "agent": 300_000}, "files": 10, "files_sha256": "f", "vmlinux_bytes": 4,
+        "initrd_bytes": 6, "inputs_sha256": "i",
+    }  # fmt: skip
+    return Manifest(**{**fields, **changes})
+
+
+def test_a_manifest_survives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(manifest().to_json())
+    assert Manifest.read(path) == manifest()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"arch": "amd64", "unknown": 1}'])
+def test_a_manifest_of_something_else(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(text)
+    with pytest.raises(ImageError, match="not a usable manifest"):
+        Manifest.read(path)
+
+
+def test_a_manifest_tells_what_is_in_the_image() -> None:
+    text = str(manifest(notes=["dropped x"]))
+    for part in (
+        "kernel 6.1.0",
+        "Python 3.11.2",
+        "crun 1.8.1",
+        "7.00 MB  Python",
+        "kernel modules: vsock",
+        "dropped x",
+    ):
+        assert part in text
+    assert text.index("7.00 MB") < text.index("0.30 MB")
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    """The files of an earlier build of exactly this source tree."""
+    inputs = MODULE._inputs_digest("amd64", None)
+    (tmp_path / "vmlinux").write_bytes(b"1234")
+    (tmp_path / "initrd.img").write_bytes(b"123456")
+    (tmp_path / "manifest.json").write_text(manifest(inputs_sha256=inputs).to_json())
+    return tmp_path
+
+
+class Rebuilt(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def no_real_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rebuild(*args: object) -> None:
+        raise Rebuilt
+
+    monkeypatch.setattr(MODULE, "_sources", rebuild)
+
+
+def test_an_unchanged_image_is_kept(built: Path) -> None:
+    said: list[str] = []
+    assert build_function(built, progress=said.append).agent_version == "1.2.3"
+    assert said == [f"guest image in {built} is up to date"]
+
+
+@pytest.mark.parametrize("name", ["vmlinux", "initrd.img", "manifest.json"])
+def test_a_missing_file_is_made_again(built: Path, name: str) -> None:
+    (built / name).unlink()
+    with pytest.raises(Rebuilt):
+        build(built, progress=lambda line: None)
+
+
+def test_a_cut_file_is_made_again(built: Path) -> None:
+    (built / "initrd.img").write_bytes(b"12345")
+    with pytest.raises(Rebuilt):
+        build(built, progress=lambda line: None)
+
+
+@pytest.mark.parametrize("changes", [{"suite": "sid"}, {"arch": "arm64"}])
+def test_other_options_make_another_image(built: Path, changes: dict[str, str]) -> None:
+    with pytest.raises(Rebuilt):
+        build(built, progress=lambda line: None, **changes)
+
+
+def test_changed_sources_make_another_image(
+    built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed.py"
+    changed.write_text("x = 1\n")
+    monkeypatch.setattr(MODULE, "PACKAGES_DIR", tmp_path)
+    monkeypatch.setattr(MODULE, "_input_files", lambda: [changed])
+    monkeypatch.setattr(MODULE, "agent_version", lambda: "1")
+    before = MODULE._inputs_digest("amd64", None)
+    changed.write_text("x = 2\n")
+    assert MODULE._inputs_digest("amd64", None) != before
+
+
+def test_an_unknown_architecture(tmp_path: Path) -> None:
+    with pytest.raises(
+        ImageError, match="no guest image for architecture 'pdp11': known are amd64, arm64, s390x"
+    ):
+        build(tmp_path, arch="pdp11", progress=lambda line: None)
+
+
+# Packages
+
+
+class FakeApt:
+    """Stands for the programs apt-get and apt-cache."""
+
+    def __init__(self, answers: dict[str, str]) -> None:
+        self.answers = answers
+        self.commands: list[list[str]] = []
+
+    def run(self, argv: list[str], **options: object) -> bytes:
+        self.commands.append(argv)
+        for word, answer in self.answers.items():
+            if word in argv:
+                return answer.encode()
+        return b""
+
+
+@pytest.fixture
+def fake_apt(monkeypatch: pytest.MonkeyPatch) -> FakeApt:
+    fake = FakeApt({})
+    monkeypatch.setattr("guest_image.apt.run", fake.run)
+    return fake
+
+
+def test_uris_become_packages(fake_apt: FakeApt, tmp_path: Path) -> None:
+    fake_apt.answers["install"] = (
+        "'http://m/pool/c/crun_1.8.1-1%2bdeb12u1_amd64.deb' crun_1.8.1-1+deb12u1_amd64.deb 289288 SHA256:aa\n"
+        "some other line\n"
+        "'http://m/pool/z/zlib1g_1.2.13_amd64.deb' zlib1g_1%3a1.2.13_amd64.deb 100 SHA256:bb\n"
+    )
+    packages = Apt(tmp_path, arch="amd64", suite=None).closure(["crun"])
+    assert packages == [
+        Package("crun", "1.8.1-1+deb12u1", "crun_1.8.1-1+deb12u1_amd64.deb", 289288, "aa"),
+        Package("zlib1g", "1:1.2.13", "zlib1g_1%3a1.2.13_amd64.deb", 100, "bb"),
+    ]
+
+
+def test_nothing_of_the_system_is_read_or_written(fake_apt: FakeApt, tmp_path: Path) -> None:
+    Apt(tmp_path, arch="arm64", suite="trixie").closure(["crun"])
+    (command,) = fake_apt.commands
+    for option in ("Dir::State::Lists", "Dir::State::status", "Dir::Cache", "Dir::Etc::sourcelist"):
+        assert any(word.startswith(f"{option}={tmp_path}") for word in command)
+    assert "APT::Architecture=arm64" in command
+
+
+def test_a_file_without_a_strong_digest_is_refused(fake_apt: FakeApt, tmp_path: Path) -> None:
+    fake_apt.answers["install"] = "'http://m/a_1_amd64.deb' a_1_amd64.deb 1 MD5Sum:aa\n"
+    with pytest.raises(ImageError, match="no SHA-256 for a_1_amd64"):
+        Apt(tmp_path, arch="amd64", suite=None).closure(["a"])
+
+
+def test_a_download_that_is_not_what_was_promised(fake_apt: FakeApt, tmp_path: Path) -> None:
+    package = Package("a", "1", "a_1_amd64.deb", 3, "0" * 64)
+    apt = Apt(tmp_path, arch="amd64", suite=None)
+    (tmp_path / "debs" / package.file).write_bytes(b"abc")
+    with pytest.raises(ImageError, match=r"a_1_amd64\.deb is not what the mirror's list says"):
+        apt.fetch([package], lambda line: None)
+
+
+def test_dependencies(fake_apt: FakeApt, tmp_path: Path) -> None:
+    fake_apt.answers["show"] = (
+        "Package: p\nPre-Depends: python3.11-minimal (>= 3.11)\nDepends: a:any | b, c\nSize: 1\n"
+    )
+    assert Apt(tmp_path, arch="amd64", suite=None).depends("p") == ["python3.11-minimal", "a", "c"]
+
+
+def test_lists_are_fetched_once(fake_apt: FakeApt, tmp_path: Path) -> None:
+    said: list[str] = []
+    fake_apt.answers["indextargets"] = (
+        "http://x/debian-security/|main|bookworm-security\nhttp://x/debian/|main|bookworm\n"
+    )
+    for _ in range(2):
+        Apt(tmp_path, arch="amd64", suite="sid").refresh(said.append)
+    assert said == ["fetching package lists"]
+    assert sum("update" in command for command in fake_apt.commands) == 1
+    assert (tmp_path / "suite.list").read_text().split()[2:] == ["http://x/debian", "sid", "main"]
+
+
+def test_the_command_line_reports_errors_in_one_line(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "guest_image", "--output", str(tmp_path), "--arch", "vax"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "guest image: no guest image for architecture 'vax': known are amd64, arm64, s390x"
+    ]
+
+
+def test_the_manifest_is_json(built: Path) -> None:
+    assert json.loads((built / "manifest.json").read_text())["agent_version"] == "1.2.3"
