@@ -1,0 +1,115 @@
+"""Removing what a dead sandbox left on the host, from its record. Every step is harmless when there is nothing to do.
+
+The daemon's mounts live in a mount namespace of its own and vanish with it, and its helper programs are killed by the
+kernel when it dies; this is for what outlives a crash: directories, the socket, a daemon that hangs.
+"""
+
+import os
+import select
+import signal
+
+from shim import paths, record
+
+_KILL_WAIT_S = 3.0
+
+
+def clean_up(sandbox_id: str, *, keep_socket: str = "") -> None:
+    """Kill the sandbox's daemon and helpers if they still run, and remove its directories and socket.
+
+    `keep_socket` stays: a successor with the same address already listens there.
+
+    Raises:
+        OSError: something could not be removed; the message names it.
+    """
+    owner = record.read(sandbox_id)
+    if owner is not None:
+        _kill_all([(owner.pid, owner.start_time), *owner.helpers.values()])
+        if owner.socket != keep_socket:
+            _unlink(owner.socket)
+    for directory in (paths.shared_dir(sandbox_id), paths.run_dir(sandbox_id)):
+        if os.path.lexists(directory):
+            unmount_below(directory)
+            remove_tree(directory)
+    for parent in (
+        paths.SHARED_ROOT,
+        os.path.dirname(paths.SHARED_ROOT),
+        "/run/kata-containers",
+        paths.RUN_ROOT,
+    ):
+        remove_if_empty(parent)
+
+
+def _kill_all(processes: list[tuple[int, int]]) -> None:
+    """SIGKILL those that are still who they were, and wait until they are gone."""
+    poller = select.poll()
+    waiting: set[int] = set()
+    for pid, started in processes:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            continue
+        # Only now is the identity certain: the descriptor pins whoever has the pid.
+        if record.is_alive(pid, started):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            poller.register(pidfd, select.POLLIN)
+            waiting.add(pidfd)
+        else:
+            os.close(pidfd)
+    while waiting:
+        ready = poller.poll(_KILL_WAIT_S * 1000)
+        if not ready:
+            break
+        for fd, _ in ready:
+            poller.unregister(fd)
+            waiting.discard(fd)
+            os.close(fd)
+
+
+def unmount_below(directory: str) -> None:
+    """Detach every mount at or below `directory`, innermost first: removing files through a mount that is still
+    there would delete the container's own."""
+    inside = _mount_points(directory)
+    if not inside:
+        return
+    from shim.mounts import detach
+
+    for point in inside:
+        detach(point)
+
+
+def _mount_points(directory: str) -> list[str]:
+    """Mount points at or below `directory`, innermost first."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        # The kernel writes white space and backslashes as octal escapes, and all other bytes as they are.
+        names = [line.split()[4].decode("unicode_escape").encode("latin-1") for line in file]
+    points = [os.fsdecode(name) for name in names]
+    inside = [p for p in points if p == directory or p.startswith(f"{directory}/")]
+    return sorted(inside, key=len, reverse=True)
+
+
+def remove_tree(directory: str) -> None:
+    """Remove a directory of ours.
+
+    Raises:
+        OSError: it cannot be removed, or something is still mounted in it, which would be emptied as well.
+    """
+    import shutil
+
+    for point in _mount_points(directory):
+        raise OSError(16, "cannot remove it while something is mounted in it", point)
+    shutil.rmtree(directory)
+
+
+def remove_if_empty(directory: str) -> None:
+    """Remove a directory shared by all sandboxes when this was the last."""
+    try:
+        os.rmdir(directory)
+    except OSError:
+        return
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return

@@ -1,0 +1,65 @@
+"""What a sandbox's daemon leaves on disk so that a later process can find and undo everything it made.
+
+The record is written before the first resource is created. A process is named by its pid and its start time
+(field 22 of /proc/PID/stat, proc(5)), so that a reused pid is never mistaken for it.
+"""
+
+import json
+import os
+
+from shim import paths
+
+_FILE = "record.json"
+
+
+class Record:
+    """The daemon of one sandbox and the programs it started, as (pid, start time in clock ticks) pairs."""
+
+    def __init__(self, namespace: str, bundle: str, socket: str, pid: int, start_time: int) -> None:
+        self.namespace = namespace
+        self.bundle = bundle
+        self.socket = socket
+        self.pid = pid
+        self.start_time = start_time
+        self.helpers: dict[str, tuple[int, int]] = {}
+
+    def daemon_alive(self) -> bool:
+        """Whether the daemon that wrote the record still runs."""
+        return is_alive(self.pid, self.start_time)
+
+    def write(self, sandbox_id: str) -> None:
+        """Write the record atomically into the sandbox's directory, which must exist."""
+        path = f"{paths.run_dir(sandbox_id)}/{_FILE}"
+        with open(f"{path}.tmp", "w") as file:
+            json.dump(vars(self), file)
+        os.rename(f"{path}.tmp", path)
+
+
+def read(sandbox_id: str) -> Record | None:
+    """The sandbox's record; None when there is none or it was cut short by a crash."""
+    try:
+        with open(f"{paths.run_dir(sandbox_id)}/{_FILE}") as file:
+            data = json.load(file)
+        record = Record(
+            data["namespace"], data["bundle"], data["socket"], int(data["pid"]), int(data["start_time"])
+        )
+        record.helpers = {name: (int(pid), int(start)) for name, (pid, start) in data["helpers"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return record
+
+
+def start_time(pid: int) -> int | None:
+    """The process's start time in clock ticks since boot; None when it is gone or a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The command name, in parentheses, may hold anything: count fields from its end. Field 3 is the state.
+            after_name = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if after_name[0] in (b"Z", b"X") else int(after_name[19])
+
+
+def is_alive(pid: int, started: int) -> bool:
+    """Whether `pid` is still the process that started at `started`."""
+    return start_time(pid) == started
