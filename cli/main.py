@@ -1,0 +1,145 @@
+"""The commands of `kata-py` and their help. What they do is in modules that are imported when they run."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+HELP = (
+    "Operate kata-py, which boots every pod in its own QEMU microVM.\n\n"
+    "containerd does not use this program: it starts `containerd-shim-kata-py-v2`. This one is for you, to"
+    " build what the virtual machines boot, and to see why one would not.\n\n"
+    "A first session, as root:\n\n"
+    "    kata-py guest build      make kernel and initrd out of Debian's packages\n\n"
+    "    kata-py check            see what this host has and lacks\n\n"
+    "    ctr run --rm --runtime io.containerd.kata-py.v2 IMAGE NAME uname -a"
+)
+
+app = typer.Typer(
+    name="kata-py",
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+guest_app = typer.Typer(
+    help="Build and look at guests: the kernel and initrd that a VM boots.", no_args_is_help=True
+)
+config_app = typer.Typer(help="Look at configuration files.", no_args_is_help=True)
+app.add_typer(guest_app, name="guest")
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[FILE]",
+        help="The configuration file. Without one: what KATA_CONF_FILE names, then"
+        " /etc/kata-py/configuration.toml, then /usr/share/defaults/kata-py/configuration.toml.",
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from shim import VERSION
+
+        typer.echo(f"kata-py {VERSION} (Python {sys.version.split()[0]})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Only here to carry the options that come before a command."""
+
+
+@app.command("check")
+def check(
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", help="Check for this configuration instead of the installed one."
+        ),
+    ] = None,
+) -> None:
+    """Tell whether this host can run containers with kata-py, and what to do when it cannot.
+
+    Looks at the configuration, QEMU, KVM, vsock, virtiofsd, the guest, control groups and containerd, and
+    changes nothing. Exit status 1 means that something required is missing.
+    """
+    from cli import host_check, output
+
+    findings = host_check.check(file)
+    output.show_findings(findings)
+    if host_check.unusable(findings):
+        raise typer.Exit(1)
+
+
+@guest_app.command("build")
+def guest_build(
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            help="Where vmlinux, initrd.img and manifest.json go. Default: /usr/share/kata-py for root, where"
+            " the built-in configuration looks, and below XDG_DATA_HOME for others.",
+        ),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="Debian's name of the guest's architecture: amd64, arm64, s390x. Default: this host's."
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Take packages of this Debian suite. Default: this host's.")
+    ] = None,
+) -> None:
+    """Make a guest out of the distribution's packages; needs neither root nor anything installed.
+
+    In another place than the default one, name the two files as `kernel` and `initrd` in [hypervisor.qemu].
+    Downloads are kept below XDG_CACHE_HOME, and a guest that is up to date is left alone, so a repetition is
+    cheap.
+    """
+    from cli import guest
+
+    guest.build(folder, arch=arch, suite=suite)
+
+
+@guest_app.command("info")
+def guest_info(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that `guest build` wrote to.")],
+) -> None:
+    """Show what a guest consists of."""
+    from cli import guest
+
+    guest.info(folder)
+
+
+@config_app.command("check")
+def config_check(file: ConfigFile = None) -> None:
+    """Read a configuration with its drop-ins as the shim would, and list every problem of it.
+
+    Exit status 1 means that the shim would refuse it.
+    """
+    from cli import output
+    from config import ConfigError, load
+
+    try:
+        loaded = load(file)
+    except ConfigError as error:
+        output.show_problems(error)
+        raise typer.Exit(1) from None
+    output.show_loaded(loaded)
+
+
+def main() -> None:
+    """Entry point of the installed program."""
+    app(prog_name="kata-py")
