@@ -89,9 +89,6 @@ class Log:
     def critical(self, event: str, **values: object) -> None:
         self._write("critical", event, values)
 
-    def set_level(self, level: str) -> None:
-        self._level = _ORDER[level]
-
     def _write(self, level: str, event: str, values: dict[str, object]) -> None:
         order = _ORDER[level]
         if order >= self._level:

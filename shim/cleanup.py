@@ -4,6 +4,7 @@ The daemon's mounts live in a mount namespace of its own and vanish with it, and
 kernel when it dies; this is for what outlives a crash: directories, the socket, a daemon that hangs.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -30,13 +31,7 @@ def clean_up(sandbox_id: str, *, keep_socket: str = "") -> None:
         if os.path.lexists(directory):
             unmount_below(directory)
             remove_tree(directory)
-    for parent in (
-        paths.SHARED_ROOT,
-        os.path.dirname(paths.SHARED_ROOT),
-        "/run/kata-containers",
-        paths.RUN_ROOT,
-    ):
-        remove_if_empty(parent)
+    remove_empty_parents()
 
 
 def _kill_all(processes: list[tuple[int, int]]) -> None:
@@ -100,12 +95,12 @@ def remove_tree(directory: str) -> None:
     shutil.rmtree(directory)
 
 
-def remove_if_empty(directory: str) -> None:
-    """Remove a directory shared by all sandboxes when this was the last."""
-    try:
-        os.rmdir(directory)
-    except OSError:
-        return
+def remove_empty_parents() -> None:
+    """Remove the directories that all sandboxes share when this was the last."""
+    shared = os.path.dirname(paths.SHARED_ROOT)
+    for directory in (paths.SHARED_ROOT, shared, os.path.dirname(shared), paths.RUN_ROOT):
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
 
 
 def _unlink(path: str) -> None:

@@ -20,6 +20,7 @@ from shim.guest import GuestProcess
 from shim.io import ProcessIO, Stdio
 from shim.process import UNKNOWN_EXIT_STATUS, Exit, Process
 from shim.state import State, after
+from ttrpc import RpcError
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -197,9 +198,10 @@ class Container:
             after(self.init.state, "delete", self.init.what)
             if self.init.state is State.CREATED and self._guest_alive:
                 await self._kill_unstarted()
+            # Output that is still under way comes first: removing the container closes its pipes in the guest.
+            await asyncio.gather(*(p.aclose(guest_alive=self._guest_alive) for p in self.processes))
             if remove_in_guest and self._guest_alive:
                 await self._remove_in_guest()
-            await asyncio.gather(*(p.aclose(guest_alive=self._guest_alive) for p in self.processes))
             self._end_execs()
             self._undo_mounts()
             self._deleted = True
@@ -237,8 +239,6 @@ class Container:
             log.warning("mounts_not_undone", container=self.id, error=str(err))
 
     async def _remove_in_guest(self) -> None:
-        from ttrpc import RpcError
-
         try:
             async with asyncio.timeout(_REMOVE_LIMIT_S):
                 await self._agent.remove_container(agent_pb2.RemoveContainerRequest(container_id=self.id))
@@ -248,8 +248,6 @@ class Container:
     async def _give_up(self, process: Process) -> None:
         """A start that failed: an exec can be deleted, an init has no other end than this one."""
         if process is self.init and process.state is State.CREATED:
-            from ttrpc import RpcError
-
             try:
                 await process.signal(_SIGKILL)
             except RpcError as err:

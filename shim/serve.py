@@ -85,11 +85,5 @@ class HostState:
         self.share.remove()
         if self.run_dir.exists():
             cleanup.remove_tree(str(self.run_dir))
-        for parent in (
-            paths.SHARED_ROOT,
-            "/run/kata-containers/shared",
-            "/run/kata-containers",
-            paths.RUN_ROOT,
-        ):
-            cleanup.remove_if_empty(parent)
+        cleanup.remove_empty_parents()
         Path(self._socket_path).unlink(missing_ok=True)

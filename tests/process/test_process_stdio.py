@@ -233,3 +233,25 @@ async def test_a_hundred_execs_at_once(containerd: FakeContainerd, name: str) ->
         assert topics == ["/tasks/exec-added", "/tasks/exec-started", "/tasks/exit"]
     assert host.open_files(shim.pid) == before
     assert len(os.listdir(f"/proc/{shim.pid}/task")) == 1
+
+
+async def test_deleting_one_container_of_a_pod_takes_its_output_out_of_the_guest_first(
+    containerd: FakeContainerd, agent: FakeAgent, name: str, tmp_path: Path
+) -> None:
+    """Removing a container closes its pipes in the guest, and with them goes what is still inside."""
+    data = tmp_path / "data"
+    data.write_bytes(MIB[:190_000])  # more than a FIFO, so that copying waits for the reader
+    shim = await started(containerd, name, shell("exec sleep 100"))
+    app = containerd.bundle(f"{name}-app", spec(shell(f"cat {data}")))
+    stdio = make_fifos(app / "io", "stdout")
+    await shim.create(app.name, bundle=app, **stdio._asdict())
+    await shim.call("Start", id=app.name)
+    await shim.call("Wait", id=app.name)
+    deleting = asyncio.create_task(shim.call("Delete", id=app.name))
+    for _ in range(3):  # answered after the shim has begun with Delete
+        await shim.call("State")
+    with FifoEnd.reader(stdio.stdout) as stdout:
+        assert await stdout.read_to_end() == MIB[:190_000]
+    await deleting
+    methods = [r.method for r in agent.requests.items if getattr(r.message, "container_id", "") == app.name]
+    assert methods.index("RemoveContainer") > len(methods) - 1 - methods[::-1].index("ReadStdout")
