@@ -16,9 +16,13 @@ VENV          := .venv
 PYTHON        := $(VENV)/bin/python
 BUILD         := build
 GUEST         := $(BUILD)/guest/manifest.json
+ROOT_IMAGES   := $(BUILD)/guest-ext4/manifest.json $(BUILD)/guest-erofs/manifest.json
 IMAGE         := $(BUILD)/busybox.tar
+# Guests and images of other architectures than the host's, for tests; named as Debian and containerd name these.
+FOREIGN       := $(foreach arch,arm64 s390x,$(BUILD)/foreign/$(arch)/manifest.json $(BUILD)/foreign/$(arch)/busybox.tar)
+ROOT_IMAGE_arm64 := --image erofs --verity
 LAUNCHERS     := $(BUILD)/bin/containerd-shim-kata-py-v2
-PACKAGES      := ttrpc config agent_proto hypervisor shim guest_agent guest_image cli
+PACKAGES      := netlink ttrpc config agent_proto hypervisor shim guest_agent guest_image cli
 TESTS         ?= tests
 PYTEST_ARGS   ?=
 BENCH_ARGS    ?=
@@ -27,15 +31,15 @@ PREFIX        ?= /usr/local
 DESTDIR       ?=
 
 # What ends up in the guest, or decides how it is made.
-GUEST_SOURCES := $(shell find guest_agent guest_image agent_proto ttrpc -type f \
+GUEST_SOURCES := $(shell find guest_agent guest_image agent_proto netlink ttrpc -type f \
                    -not -name '*.pyc' -not -name '*.md' 2>/dev/null)
 
-.PHONY: help setup venv venv-dev launchers guest image run stop clean check lint types layers fresh \
-        test unit bench protos golden install uninstall
+.PHONY: help setup venv venv-dev launchers guest root-images image foreign run stop clean check lint types layers fresh \
+        test test-matrix unit bench protos golden install uninstall
 
 help: ## List the targets.
 	@printf 'kata-py: boots every pod in its own QEMU microVM\n\n'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\nVariables: TESTS=path PYTEST_ARGS=... (make test), BENCH_ARGS=... (make bench), PREFIX=%s DESTDIR= (make install)\n' '$(PREFIX)'
 
 run: setup launchers guest image ## Set everything up and run a container in a microVM.
@@ -79,10 +83,27 @@ $(GUEST): $(GUEST_SOURCES) $(LAUNCHERS)
 	@XDG_CACHE_HOME=$(abspath $(BUILD)/cache) $(BUILD)/bin/kata-py guest build --output $(BUILD)/guest
 	@touch $@
 
+root-images: $(ROOT_IMAGES) ## Build the guest as root images too, which some tests boot.
+
+$(ROOT_IMAGES): $(BUILD)/guest-%/manifest.json: $(GUEST_SOURCES) $(LAUNCHERS)
+	@XDG_CACHE_HOME=$(abspath $(BUILD)/cache) $(BUILD)/bin/kata-py guest build --image $* --verity \
+	  --output $(BUILD)/guest-$*
+	@touch $@
+
 image: $(IMAGE) ## Build the small container image that demo and tests use.
 
 $(IMAGE): packaging/busybox_image.py | setup
 	@$(SYSTEM_PYTHON) packaging/busybox_image.py $@
+
+foreign: $(FOREIGN) ## Build guests and images for arm64 and s390x, for the tests.
+
+$(BUILD)/foreign/%/manifest.json: $(GUEST_SOURCES) $(LAUNCHERS)
+	@XDG_CACHE_HOME=$(abspath $(BUILD)/cache) $(BUILD)/bin/kata-py guest build --arch $* $(ROOT_IMAGE_$*) --output $(@D)
+	@touch $@
+
+$(BUILD)/foreign/%/busybox.tar: packaging/foreign_image.py packaging/busybox_image.py $(VENV)/.run | setup
+	@$(PYTHON) packaging/foreign_image.py $* $(@D)
+	@touch $@
 
 # --- Checks and tests -------------------------------------------------------------------------------------------
 
@@ -105,9 +126,13 @@ fresh: venv-dev
 
 # Two runs: the integration tests adopt every process that containerd orphans, and the agent's tests reap every child
 # there is. Status 5 is "nothing selected", which TESTS=path may well lead to in one of them.
-test: check launchers guest image ## All checks and all tests, with real virtual machines and a real containerd.
+test: check launchers guest root-images image foreign ## All checks and all tests, with real virtual machines and a real containerd.
+	@packaging/setup.sh foreign
 	$(PYTHON) -m pytest -m 'not integration' $(PYTEST_ARGS) $(TESTS) || [ $$? -eq 5 ]
-	$(PYTHON) -m pytest -m integration $(PYTEST_ARGS) $(TESTS) || [ $$? -eq 5 ]
+	$(PYTHON) packaging/containerd_versions.py test --short $(PYTEST_ARGS) $(TESTS)
+
+test-matrix: launchers guest root-images image foreign venv-dev ## All integration tests with each containerd that Debian has: 1.6, 1.7, 2.x.
+	$(PYTHON) packaging/containerd_versions.py test $(PYTEST_ARGS) $(TESTS)
 
 unit: venv-dev ## The tests that need no virtual machine.
 	$(PYTHON) -m pytest -m 'not vm and not integration' $(PYTEST_ARGS) $(TESTS)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from agent_proto.gen import agent_pb2 as pb
-    from agent_proto.gen import csi_pb2, health_pb2, types_pb2
+    from agent_proto.gen import csi_pb2, health_pb2, kata_py_agent_pb2, types_pb2
     from ttrpc import Client, Method
 
 Request = TypeVar("Request", bound="Message")
@@ -25,9 +25,6 @@ Response = TypeVar("Response", bound="Message")
 CALL_TIMEOUT_S = 60.0
 """For calls that an agent answers without waiting for a workload; Kata's Go runtime allows the same."""
 
-CHECK_TIMEOUT_S = 30.0
-"""For the liveness check. It is asked every 30 s, so a check is over before the next one is due."""
-
 CREATE_CONTAINER_TIMEOUT_S = 60.0
 """For CreateContainer, in which the guest may pull an image or format a disk: `create_container_timeout`."""
 
@@ -35,7 +32,8 @@ _ERROR_TEXT_LIMIT = 1000
 # In characters. An agent's error goes to logs and terminals: a guest may neither flood nor steer them.
 
 NO_TIMEOUT = None
-"""For calls that end when the workload does something: write, read, exit, run out of memory."""
+"""For calls that end when the workload does something: write, read, exit, run out of memory. And for the health check,
+whose caller has a limit of its own: what silence means is up to it."""
 
 
 class AgentGone(ConnectionClosed):
@@ -226,10 +224,22 @@ class AgentClient:
 
     async def check(self, request: health_pb2.CheckRequest) -> health_pb2.HealthCheckResponse:
         """Ask whether the agent serves; works before there is a sandbox."""
-        return await self._health(services.CHECK, request, CHECK_TIMEOUT_S)
+        return await self._health(services.CHECK, request, NO_TIMEOUT)
 
     async def version(self, request: health_pb2.CheckRequest) -> health_pb2.VersionCheckResponse:
         return await self._health(services.VERSION, request, self._timeout_s)
+
+    # Extensions: only for an agent whose extra features have services.EXTENSIONS_FEATURE
+
+    async def list_processes(
+        self, request: kata_py_agent_pb2.ListProcessesRequest
+    ) -> kata_py_agent_pb2.ListProcessesResponse:
+        """The processes that live in a container now, by their pids in the guest."""
+        return await self._extension(services.LIST_PROCESSES, request, self._timeout_s)
+
+    async def signal_container(self, request: kata_py_agent_pb2.SignalContainerRequest) -> Empty:
+        """Send a signal to every process of a container; no process left is no error."""
+        return await self._extension(services.SIGNAL_CONTAINER, request, self._timeout_s)
 
     async def _agent(
         self, method: Method[Request, Response], request: Request, timeout_s: float | None
@@ -241,6 +251,11 @@ class AgentClient:
     ) -> Response:
         return await self._call(services.HEALTH.name, method, request, timeout_s)
 
+    async def _extension(
+        self, method: Method[Request, Response], request: Request, timeout_s: float | None
+    ) -> Response:
+        return await self._call(services.EXTENSIONS.name, method, request, timeout_s)
+
     async def _call(
         self, service: str, method: Method[Request, Response], request: Request, timeout_s: float | None
     ) -> Response:
@@ -249,7 +264,10 @@ class AgentClient:
         except ConnectionClosed as err:
             raise AgentGone from err
         except RpcError as err:
-            raise RpcError(err.code, _one_line(err.message)) from err
+            text = _one_line(err.message)
+            if err.code is Code.DEADLINE_EXCEEDED and timeout_s is not None:
+                text = f"the guest's agent has not answered {method.name} within {timeout_s:g} s: {text}"
+            raise RpcError(err.code, text) from err
 
 
 def _one_line(text: str) -> str:

@@ -18,7 +18,7 @@ _EXCEPTIONS = {
     "grpc.LinuxHugepageLimit.Pagesize": "pageSize",
 }
 # protobuf has no "absent" for numbers, strings and booleans: their zeros are left out of the JSON, except for these
-# fields, where zero means something by itself.
+# fields, where zero means something by itself, or which the JSON always has.
 _ALWAYS = {
     "grpc.Spec": ("Version",),
     "grpc.Process": ("Terminal", "Args", "Cwd"),
@@ -27,11 +27,12 @@ _ALWAYS = {
     "grpc.POSIXRlimit": ("Hard", "Soft"),
     "grpc.Root": ("Readonly",),
     "grpc.LinuxIDMapping": ("HostID", "ContainerID", "Size"),
-    "grpc.LinuxDevice": ("Major", "Minor"),
+    "grpc.LinuxNamespace": ("Type",),
+    "grpc.LinuxDevice": ("Path", "Type", "Major", "Minor"),
     "grpc.LinuxWeightDevice": ("Major", "Minor"),
     "grpc.LinuxThrottleDevice": ("Major", "Minor", "Rate"),
     "grpc.LinuxDeviceCgroup": ("Allow",),
-    "grpc.LinuxHugepageLimit": ("Limit",),
+    "grpc.LinuxHugepageLimit": ("Pagesize", "Limit"),
     "grpc.LinuxSeccompArg": ("Index", "Value", "ValueTwo"),
 }
 

@@ -1,13 +1,13 @@
-"""The agent's two services described for ttrpc: what the host calls and the guest serves.
+"""The agent's services described for ttrpc: what the host calls and the guest serves.
 
 A method is a constant so that a caller's request and reply are type-checked; the meaning of each call is
-said in protos/agent.proto and protos/health.proto, which these tables repeat (a test compares them).
+said in protos/*.proto, which these tables repeat (a test compares them).
 """
 
 from google.protobuf.empty_pb2 import Empty
 
 from agent_proto.gen import agent_pb2 as pb
-from agent_proto.gen import csi_pb2, health_pb2, types_pb2
+from agent_proto.gen import csi_pb2, health_pb2, kata_py_agent_pb2, types_pb2
 from ttrpc import Method, Service
 
 # Sandbox: once per virtual machine
@@ -118,3 +118,14 @@ CHECK = Method("Check", health_pb2.CheckRequest, health_pb2.HealthCheckResponse)
 VERSION = Method("Version", health_pb2.CheckRequest, health_pb2.VersionCheckResponse)
 
 HEALTH = Service("grpc.Health", (CHECK, VERSION))
+
+# Only where the agent offers it
+LIST_PROCESSES = Method(
+    "ListProcesses", kata_py_agent_pb2.ListProcessesRequest, kata_py_agent_pb2.ListProcessesResponse
+)
+SIGNAL_CONTAINER = Method("SignalContainer", kata_py_agent_pb2.SignalContainerRequest, Empty)
+
+EXTENSIONS = Service("kata_py.agent.v1.Extensions", (LIST_PROCESSES, SIGNAL_CONTAINER))
+
+EXTENSIONS_FEATURE = kata_py_agent_pb2.DESCRIPTOR.package
+"""The word among an agent's extra features that says it serves EXTENSIONS."""

@@ -16,7 +16,19 @@ import structlog
 from private_containerd import ContainerdError
 from rich.console import Console
 
-from bench import ROOT, ctr_run, exec_io, libraries, memory, report, shim_programs
+from bench import (
+    ROOT,
+    ctr_run,
+    density,
+    exec_io,
+    guest_exec,
+    libraries,
+    memory,
+    report,
+    root_images,
+    shim_programs,
+    stdout_copy,
+)
 from bench.errors import BenchError
 from bench.lab import lab
 from config import ConfigError
@@ -38,13 +50,17 @@ PARTS: Mapping[str, Measure] = {
     "run": ctr_run.measure,
     "programs": shim_programs.measure,
     "exec": exec_io.measure,
+    "guest": guest_exec.measure,
+    "stdout": stdout_copy.measure,
     "memory": memory.measure,
+    "density": density.measure,
+    "images": root_images.measure,
     "ttrpc": libraries.measure_ttrpc,
     "vsock": libraries.measure_vsock,
 }
 FAILURES = (BenchError, ContainerdError, ConfigError, HypervisorError, subprocess.SubprocessError)
-# `run` measures the floor too, in turn with the rest.
-BY_DEFAULT = tuple(part for part in PARTS if part != "floor")
+# `run` measures the floor too, in turn with the rest; root images take as long as all others together.
+BY_DEFAULT = tuple(part for part in PARTS if part not in ("floor", "images"))
 
 
 def main() -> None:

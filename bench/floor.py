@@ -31,6 +31,7 @@ from hypervisor.vsock.base import FIRST_GUEST_CID
 from hypervisor.vsock.user import UserVsock
 from hypervisor.vsock.vhost import VhostVsock, open_device
 from shim.boot import plan
+from shim.network import NIC_PORTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,14 +61,16 @@ def vm_spec(config: Path, folder: Path) -> VmSpec:
     """
     exported = folder / "shared"
     exported.mkdir(parents=True)
-    spec = plan(load(config).config, "floor", exported=exported, netns=None)
+    spec = plan(load(config).config, "floor", exported=exported)
     if spec.initrd is None:
         raise BenchError("the floor needs a configuration with an initrd")
     archive = spec.initrd.read_bytes()
     initrd = folder / "initrd.img"
     initrd.write_bytes(archive + _floor_archive(archive, folder / "floor"))
     words = f"{spec.kernel_params} rdinit=/floor".strip()
-    return dataclasses.replace(spec, run_dir=folder / "run", initrd=initrd, kernel_params=words)
+    return dataclasses.replace(
+        spec, run_dir=folder / "run", initrd=initrd, kernel_params=words, nic_ports=NIC_PORTS
+    )
 
 
 class Floor(NamedTuple):

@@ -66,8 +66,11 @@ def write_json(
 def _aim(row: Row) -> str:
     if row.meets_aim is None:
         return ""
-    limit = f"{row.aim_ratio:g}" if row.aim_value is None else f"{row.aim_value:g} {row.unit}"
-    return f"[green]met[/] (≤ {limit})" if row.meets_aim else f"[red]missed[/] (≤ {limit})"
+    if row.aim_least is not None:
+        limit = f"≥ {row.aim_least:g} {row.unit}"
+    else:
+        limit = f"≤ {row.aim_ratio:g}" if row.aim_value is None else f"≤ {row.aim_value:g} {row.unit}"
+    return f"[green]met[/] ({limit})" if row.meets_aim else f"[red]missed[/] ({limit})"
 
 
 def _as_json(row: Row) -> dict[str, Any]:
@@ -81,5 +84,6 @@ def _as_json(row: Row) -> dict[str, Any]:
         "to": row.to,
         "aim_ratio": row.aim_ratio,
         "aim_value": row.aim_value,
+        "aim_least": row.aim_least,
         "values": list(row.values),
     }

@@ -16,7 +16,8 @@ class Row:
     """One line of the result.
 
     `ratio` compares the medians of `values` and of `base`, which were measured in the same run; `to` says what
-    the base is. An aim is an upper limit, of the ratio or (for sizes) of the median itself.
+    the base is. An aim is an upper limit, of the ratio or (for sizes) of the median itself, or (for speeds) a lower one
+    of the median.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Row:
     base: Sequence[float] = ()
     aim_ratio: float | None = None
     aim_value: float | None = None
+    aim_least: float | None = None
 
     @property
     def median(self) -> float:
@@ -40,6 +42,8 @@ class Row:
     @property
     def meets_aim(self) -> bool | None:
         """None when there is no aim."""
+        if self.aim_least is not None:
+            return self.median >= self.aim_least
         if self.aim_value is not None:
             return self.median <= self.aim_value
         if self.aim_ratio is not None and self.ratio is not None:

@@ -7,30 +7,47 @@ there.
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from structlog.testing import capture_logs
+
 from cli.guest import MANIFEST, summary
 from config import ConfigError, LoadedConfig, Qemu, load
+from config.schema import Runtime
+from config.schema.hypervisor import ARCHITECTURES, DEFAULT_QEMUS, QEMU_PACKAGES
 from guest_image import ImageError, Manifest
+from hypervisor import rootless
 from hypervisor.accel import choose_accel, choose_vsock
-from hypervisor.errors import HostUnsupported
+from hypervisor.arch import arch_of_machine
+from hypervisor.errors import HostUnsupported, HypervisorError, InvalidSpec
+from hypervisor.host import Host
+from hypervisor.qemu.capabilities import capabilities, lacks
+from hypervisor.qemu.cmdline import Fds, build_cmdline
+from shim.boot import plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from config import Config
+    from hypervisor.qemu.capabilities import Capabilities
 
 SHIM = "containerd-shim-kata-py-v2"
+# The first with mount_setattr(2).
+OLDEST_KERNEL = (5, 12)
 # The oldest that the tests run with; older ones may do.
 TESTED_QEMU = (7, 2)
-# Devices that distributions leave out of some builds of QEMU.
-SHARING_DEVICE = "vhost-user-fs-pci"
-VSOCK_DEVICES = {"user": "vhost-user-vsock-pci", "vhost": "vhost-vsock-pci"}
+# By the guests' architecture; in Debian 12 that of s390x is a name for qemu-system-misc.
+PACKAGES = {arch_of_machine(machine): package for machine, package in QEMU_PACKAGES.items()}
+INSTALL = "apt-get install --no-install-recommends"
 PROGRAM_TIMEOUT_S = 20.0
 
 
@@ -59,15 +76,19 @@ def check(file: Path | None = None, *, root: Path = Path("/")) -> list[Finding]:
     # Without a usable configuration the rest is judged for the defaults, which is what most of it would be.
     # What the configuration's own findings are about is left to them.
     qemu = loaded.config.hypervisor if loaded else Qemu()
-    emulator, devices = ([], frozenset[str]()) if "path" in broken else qemu_program(qemu.path)
+    emulator, has = ([], None) if "path" in broken else qemu_program(qemu.path, arch(qemu))
+    choices = protection(qemu, root) if qemu.confidential_guest else [*acceleration(qemu), *vsock(qemu)]
     return [
         *user(),
+        *kernel(os.uname().release),
         *findings,
         *emulator,
-        *acceleration(qemu),
-        *vsock(qemu, devices),
-        *([] if "virtio_fs_daemon" in broken else sharing(qemu, devices)),
+        *_without(choices, command_line(loaded.config, has) if loaded and has else []),
+        *choices,
+        *([] if "virtio_fs_daemon" in broken else sharing(qemu)),
+        *network(loaded.config.runtime if loaded else Runtime(), qemu, Host(root=root)),
         *(guest(qemu) if loaded else []),
+        *other_guests(qemu),
         *control_groups(root),
         *containerd(),
     ]
@@ -86,6 +107,17 @@ def user() -> list[Finding]:
         Finding(
             "user", Level.WARNING, "not root: devices may look closed that are open to containerd", "use sudo"
         )
+    ]
+
+
+def kernel(release: str) -> list[Finding]:
+    """Volumes are mounted with mount_setattr(2)."""
+    number = re.match(r"(\d+)\.(\d+)", release)
+    if number is None or tuple(map(int, number.groups())) >= OLDEST_KERNEL:
+        return []
+    oldest = ".".join(map(str, OLDEST_KERNEL))
+    return [
+        Finding("kernel", Level.MISSING, f"Linux {release} is older than {oldest}", "install a newer kernel")
     ]
 
 
@@ -121,55 +153,106 @@ def said_by(argv: Sequence[str]) -> str | None:
     return done.stdout
 
 
-def qemu_program(path: str) -> tuple[list[Finding], frozenset[str]]:
-    """QEMU's presence and version, and the devices that this build has."""
-    text = said_by([path, "--version"])
-    if text is None:
-        remedy = "apt-get install --no-install-recommends qemu-system-x86, or set `path` in [hypervisor.qemu]"
-        return [Finding("QEMU", Level.MISSING, f"{path} does not run", remedy)], frozenset()
-    devices = frozenset(re.findall(r'name "([^"]+)"', said_by([path, "-device", "help"]) or ""))
-    match = re.search(r"version (\d+)\.(\d+)(\S*)", text)
-    if match is None:
-        return [Finding("QEMU", Level.WARNING, f"{path} does not tell its version")], devices
-    detail = f"{match[1]}.{match[2]}{match[3]} at {path}"
-    if (int(match[1]), int(match[2])) < TESTED_QEMU:
+def arch(qemu: Qemu) -> str:
+    """The guests' architecture, which the machine decides."""
+    return arch_of_machine(qemu.machine_type)
+
+
+def qemu_program(path: str, guest_arch: str) -> tuple[list[Finding], Capabilities | None]:
+    """QEMU's presence and version, and what else it says of itself."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            has = asyncio.run(capabilities(Path(path), Path(folder)))
+    except HostUnsupported as error:
+        return [Finding("QEMU", Level.MISSING, *_split(error))], None
+    except HypervisorError:
+        remedy = f"{INSTALL} {PACKAGES[guest_arch]}, or set `path` in [hypervisor.qemu]"
+        return [Finding("QEMU", Level.MISSING, f"{path} does not run", remedy)], None
+    detail = f"{has.release} at {path}"
+    if has.version < TESTED_QEMU:
         tested = ".".join(map(str, TESTED_QEMU))
-        return [
-            Finding("QEMU", Level.WARNING, f"{detail} is older than what is tested", f"use {tested} or later")
-        ], devices
-    return [Finding("QEMU", Level.OK, detail)], devices
+        remedy = f"use {tested} or later"
+        return [Finding("QEMU", Level.WARNING, f"{detail} is older than what is tested", remedy)], has
+    return [Finding("QEMU", Level.OK, detail)], has
+
+
+def command_line(config: Config, has: Capabilities) -> list[Finding]:
+    """Whether QEMU has all that it would be told about, and with `rootless` can open it."""
+    try:
+        with capture_logs():  # what the shim would log about its choices, other findings say
+            spec = plan(config, "check", exported=Path("/"))
+        fds = Fds(qmp=3, console=4, vsock=5, guest_cid=3, shares=tuple(6 for _ in spec.shares), initdata=7)
+        argv = build_cmdline(spec, fds)
+        if spec.user is not None and os.geteuid() == 0:
+            asyncio.run(rootless.check(spec, spec.user))
+    except (HostUnsupported, InvalidSpec) as error:
+        return [Finding("QEMU", Level.MISSING, *_split(error))]
+    except (HypervisorError, OSError):  # of the host or the guest's files: others look at these
+        return []
+    return [Finding("QEMU", Level.MISSING, f"has no {what}", remedy) for what, remedy in lacks(argv, has)]
 
 
 def acceleration(qemu: Qemu) -> list[Finding]:
     """KVM or emulation, decided as for a sandbox."""
     try:
-        choice = choose_accel(qemu.accel)
+        choice = choose_accel(qemu.accel, guest_arch=arch(qemu))
     except HostUnsupported as error:
         return [Finding("acceleration", Level.MISSING, *_split(error))]
     level = Level.WARNING if choice.reason else Level.OK
     return [Finding("acceleration", level, choice.reason or choice.value)]
 
 
-def vsock(qemu: Qemu, devices: frozenset[str]) -> list[Finding]:
-    """Who carries the sockets between host and guest, and whether this QEMU has the device for it."""
+def vsock(qemu: Qemu) -> list[Finding]:
+    """Who carries the sockets between host and guest."""
     try:
         choice = choose_vsock(qemu.vsock)
     except HostUnsupported as error:
         return [Finding("vsock", Level.MISSING, *_split(error))]
-    missing = _without_device(VSOCK_DEVICES[choice.value], devices)
-    level = Level.NOTE if choice.reason else Level.OK
-    return missing or [Finding("vsock", level, choice.reason or choice.value)]
+    return [Finding("vsock", Level.NOTE if choice.reason else Level.OK, choice.reason or choice.value)]
 
 
-def sharing(qemu: Qemu, devices: frozenset[str]) -> list[Finding]:
+def network(runtime: Runtime, qemu: Qemu, host: Host) -> list[Finding]:
+    """How a guest gets the interfaces of its pod."""
+    if runtime.internetworking_model == "none":
+        return [Finding("network", Level.NOTE, "guests get none: internetworking_model is none")]
+    if problem := host.why_not_openable("dev/net/tun"):
+        remedy = "load the kernel module tun, or set internetworking_model to none"
+        return [Finding("network", Level.MISSING, f"/dev/net/tun: {problem}", remedy)]
+    fast = not qemu.disable_vhost_net and host.why_not_openable("dev/vhost-net") is None
+    return [
+        Finding("network", Level.OK, f"packets are carried by {'the kernel (vhost-net)' if fast else 'QEMU'}")
+    ]
+
+
+def protection(qemu: Qemu, root: Path) -> list[Finding]:
+    """What hides a confidential guest from this host, and what else it cannot be without."""
+    from hypervisor import confidential
+    from shim.confidential import protection as protection_of
+
+    host, guest_arch = Host(root=root), arch(qemu)
+    needs: dict[str, Callable[[], str]] = {
+        "acceleration": lambda: confidential.choose_accel(guest_arch, host).value,
+        "vsock": lambda: confidential.choose_vsock(host).value,
+        "protection": lambda: protection_of(qemu, guest_arch, host).id,
+    }
+    findings = []
+    for subject, need in needs.items():
+        try:
+            findings.append(Finding(subject, Level.OK, need()))
+        except HostUnsupported as error:
+            findings.append(Finding(subject, Level.MISSING, *_split(error)))
+    return findings
+
+
+def sharing(qemu: Qemu) -> list[Finding]:
     """How the containers' files get into the guest."""
     if qemu.shared_fs == "none":
         return [Finding("virtiofsd", Level.NOTE, 'not used: shared_fs = "none"')]
     found = next((path for path in virtiofsd_places(qemu) if os.access(path, os.X_OK)), None)
     if found is None:
-        remedy = "apt-get install virtiofsd (Debian 12: it comes with qemu-system-x86)"
+        remedy = "apt-get install virtiofsd (Debian 12: it comes with QEMU)"
         return [Finding("virtiofsd", Level.MISSING, "not at " + " or ".join(virtiofsd_places(qemu)), remedy)]
-    return _without_device(SHARING_DEVICE, devices) or [Finding("virtiofsd", Level.OK, found)]
+    return [Finding("virtiofsd", Level.OK, found)]
 
 
 def virtiofsd_places(qemu: Qemu) -> tuple[str, ...]:
@@ -181,23 +264,20 @@ def virtiofsd_places(qemu: Qemu) -> tuple[str, ...]:
     )
 
 
-def _without_device(device: str, devices: frozenset[str]) -> list[Finding]:
-    # No list at all means that QEMU itself does not run, which is a finding of its own.
-    if not devices or device in devices:
-        return []
-    return [
-        Finding("QEMU", Level.MISSING, f"this build has no {device}", "install the distribution's full QEMU")
-    ]
+def _without(others: Iterable[Finding], findings: Iterable[Finding]) -> list[Finding]:
+    """Those of the findings that others do not have already, under their own subject."""
+    told = {finding.detail for finding in others}
+    return [finding for finding in findings if finding.detail not in told]
 
 
-def _split(error: HostUnsupported) -> tuple[str, str]:
+def _split(error: HypervisorError) -> tuple[str, str]:
     problem, _, remedy = str(error).partition("; ")
     return problem, remedy
 
 
 def guest(qemu: Qemu) -> list[Finding]:
     """The kernel and what it boots into. A guest of another maker has no manifest, which is fine."""
-    files = [Path(name) for name in (qemu.kernel, qemu.initrd, qemu.image) if name]
+    files = [Path(name) for name in (qemu.kernel, qemu.initrd, qemu.image, qemu.image_initrd) if name]
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         return [Finding("guest", Level.MISSING, f"not there: {', '.join(missing)}", "kata-py guest build")]
@@ -206,6 +286,23 @@ def guest(qemu: Qemu) -> list[Finding]:
     except ImageError:
         return [Finding("guest", Level.OK, ", ".join(map(str, files)))]
     return [Finding("guest", Level.OK, f"{summary(manifest)}, at {files[0].parent}")]
+
+
+def other_guests(qemu: Qemu) -> list[Finding]:
+    """Guests of other architectures than the configured machine's, where there are any."""
+    findings = []
+    for machine, arch_name in ARCHITECTURES.items():
+        folder = Path(qemu.guest_dir) / arch_name
+        if machine == qemu.machine_type or not (folder / MANIFEST).exists():
+            continue
+        emulator = DEFAULT_QEMUS[machine]
+        if os.access(emulator, os.X_OK):
+            findings.append(Finding("guest", Level.OK, f"{arch_name} at {folder}, with {emulator}"))
+        else:
+            detail = f"{arch_name} at {folder}, but there is no {emulator}"
+            remedy = f"{INSTALL} {QEMU_PACKAGES[machine]}"
+            findings.append(Finding("guest", Level.WARNING, detail, remedy))
+    return findings
 
 
 def control_groups(root: Path) -> list[Finding]:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -89,7 +89,8 @@ def guest_build(
             "--output",
             metavar="DIR",
             help="Where vmlinux, initrd.img and manifest.json go. Default: /usr/share/kata-py for root, where"
-            " the built-in configuration looks, and below XDG_DATA_HOME for others.",
+            " the built-in configuration looks, and below XDG_DATA_HOME for others; for another architecture than"
+            " the host's a folder of that name in it.",
         ),
     ] = None,
     arch: Annotated[
@@ -101,16 +102,26 @@ def guest_build(
     suite: Annotated[
         str | None, typer.Option(help="Take packages of this Debian suite. Default: this host's.")
     ] = None,
+    image: Annotated[
+        Literal["ext4", "erofs"] | None,
+        typer.Option(
+            help="Also make a root image with this file system: rootfs.img, and image-initrd.img with the drivers."
+        ),
+    ] = None,
+    verity: Annotated[
+        bool, typer.Option("--verity", help="Add the hashes with which dm-verity checks the root image.")
+    ] = False,
 ) -> None:
     """Make a guest out of the distribution's packages; needs neither root nor anything installed.
 
-    In another place than the default one, name the two files as `kernel` and `initrd` in [hypervisor.qemu].
+    In another place than the default one, name the two files as `kernel` and `initrd` in [hypervisor.qemu]. With
+    --image the lines for a guest that boots from the root image are printed.
     Downloads are kept below XDG_CACHE_HOME, and a guest that is up to date is left alone, so a repetition is
     cheap.
     """
     from cli import guest
 
-    guest.build(folder, arch=arch, suite=suite)
+    guest.build(folder, arch=arch, suite=suite, image=image, verity=verity)
 
 
 @guest_app.command("info")
@@ -121,6 +132,24 @@ def guest_info(
     from cli import guest
 
     guest.info(folder)
+
+
+@config_app.command("show")
+def config_show(
+    file: ConfigFile = None,
+    sandbox: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="What this running sandbox uses, instead of what a new one would."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="An array of objects: key, value, origin.")] = False,
+) -> None:
+    """Print the value of every key as it is used, and what set it: a file, a pod's annotation, or the default.
+
+    Exit status 1 means that the configuration cannot be used, or that there is no such sandbox.
+    """
+    from cli import configuration
+
+    configuration.show(file, sandbox=sandbox, as_json=as_json)
 
 
 @config_app.command("check")

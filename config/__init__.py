@@ -6,6 +6,7 @@ Knows nothing of containers or machines; whoever needs a setting is given its se
 from config.errors import ConfigError, Problem
 from config.load import LoadedConfig, load
 from config.schema import Agent, Config, Factory, Qemu, Runtime
+from config.sizing import PodResources
 from config.validate import HostLimits
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Factory",
     "HostLimits",
     "LoadedConfig",
+    "PodResources",
     "Problem",
     "Qemu",
     "Runtime",

@@ -7,11 +7,11 @@ from typing import NamedTuple
 class Problem(NamedTuple):
     """One thing to correct.
 
-    `file` is the file that set the key: the base file, a drop-in, or None for a built-in default. `key` is
-    dotted and empty when the whole file is meant.
+    `file` is what set the key: the base file, a drop-in, an annotation (as text that says so), or None for a
+    built-in default. `key` is dotted and empty when the whole file or annotation is meant.
     """
 
-    file: Path | None
+    file: Path | str | None
     key: str
     problem: str
     hint: str = ""
@@ -31,3 +31,8 @@ class ConfigError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.problems))
+
+    def in_one_line(self) -> str:
+        """What is wrong and what to do, without the places; of problems with the same remedy, the first."""
+        lines = {problem.hint: f"{problem.problem} ({problem.hint})" for problem in reversed(self.problems)}
+        return "; ".join(reversed(lines.values()))

@@ -2,7 +2,8 @@
 
 The order of places: what the caller was given (containerd's runtime option `ConfigPath`), the environment's
 `KATA_CONF_FILE`, `/etc/kata-py`, `/usr/share/defaults/kata-py`. A file named in one of the first two ways
-must exist; when no file exists in the usual places, the built-in defaults are the configuration.
+must exist; when no file exists in the usual places, the built-in defaults are the configuration. What a pod's
+annotations change comes over that, and last the pod's size.
 """
 
 import os
@@ -15,7 +16,8 @@ from msgspec import Struct
 from config.decode import decode, unread_sections
 from config.effects import check_effects
 from config.errors import ConfigError, Problem
-from config.schema import Config
+from config.schema import ANNOTATION_PREFIX, Config
+from config.sizing import PodResources, size
 from config.tree import Report, Table, Tree
 from config.validate import HostLimits, adjust_and_validate
 
@@ -31,13 +33,14 @@ class LoadedConfig(Struct, frozen=True):
     """A configuration that can be used.
 
     `path` is the base file without symbolic links, None when the built-in defaults apply; `drop_ins` are the
-    files that were merged over it, in that order; `warnings` are lines for the log, none of which keeps a
-    sandbox from starting.
+    files that were merged over it, in that order; `origins` tells what set each key that is set, by its dotted
+    name; `warnings` are lines for the log, none of which keeps a sandbox from starting.
     """
 
     config: Config
     path: Path | None
     drop_ins: tuple[Path, ...]
+    origins: Mapping[str, str]
     warnings: tuple[str, ...]
 
 
@@ -47,32 +50,55 @@ def load(
     env: Mapping[str, str] | None = None,
     host: HostLimits | None = None,
     places: tuple[str, ...] = DEFAULT_PLACES,
+    annotations: Mapping[str, str] | None = None,
+    resources: PodResources | None = None,
+    machine_type: str = "",
 ) -> LoadedConfig:
     """Load the configuration that applies; `env` and `host` default to this process and this machine.
 
-    Raises `ConfigError`, with every problem of every file, when there is anything that cannot be used.
+    `annotations` are all that the pod has, `resources` are its limits, and a `machine_type` is that of its image, which
+    somebody has seen to be another one. Raises `ConfigError`, with every problem of
+    every file, when there is anything that cannot be used; with every problem of the annotations, when the files are
+    fine without them; and last of the pod's limits.
     """
     path = _find(explicit, os.environ if env is None else env, places)
     tree, drop_ins = _read(path) if path else (Tree(None, {}), ())
-    report = Report(tree)
-    config = decode(tree.table, report)
-    config = adjust_and_validate(config, host or HostLimits.of_this_host(), report)
+    host = host or HostLimits.of_this_host()
+    config, without_effect = _settle(tree, host, Report(tree))
+    if any(name.startswith(ANNOTATION_PREFIX) for name in annotations or ()):
+        from config.annotations import annotate  # 3 ms that few pods need to pay
+
+        report = Report(tree)
+        annotate(tree, annotations or {}, config, report)
+        config, without_effect = _settle(tree, host, report)
+    if machine_type:
+        from config.foreign import choose
+
+        choose(tree, machine_type, "the image's architecture")
+        config, without_effect = _settle(tree, host, Report(tree))
+    if resources is not None and config.runtime.static_sandbox_resource_mgmt:
+        size(tree, resources, config)
+        config, without_effect = _settle(tree, host, Report(tree))
+    return LoadedConfig(config, path, drop_ins, tree.origins(), _warnings(path, tree, places, without_effect))
+
+
+def _settle(tree: Tree, host: HostLimits, report: Report) -> tuple[Config, list[Problem]]:
+    """The configuration that a tree is, and remarks about keys without effect or turned off. Raises `ConfigError`."""
+    config = adjust_and_validate(decode(tree.table, report), host, report)
     without_effect = check_effects(config, report)
     report.raise_any()
-    return LoadedConfig(config, path, drop_ins, _warnings(path, tree, places, without_effect))
+    return config, [*report.remarks, *without_effect]
 
 
 def _warnings(
-    path: Path | None, tree: Tree, places: tuple[str, ...], without_effect: list[str]
+    path: Path | None, tree: Tree, places: tuple[str, ...], without_effect: list[Problem]
 ) -> tuple[str, ...]:
     lines = []
     if path is None:
         lines.append(f"no configuration file at {' or '.join(places)}: the built-in defaults apply")
     if unread := unread_sections(tree.table):
         lines.append(f"{path}: nothing reads the sections {', '.join(unread)}")
-    if without_effect:
-        lines.append(f"{path}: these keys have no effect in this version: {', '.join(without_effect)}")
-    return tuple(lines)
+    return (*lines, *map(str, without_effect))
 
 
 def _find(explicit: Path | None, env: Mapping[str, str], places: tuple[str, ...]) -> Path | None:

@@ -6,6 +6,9 @@ from typing import Any
 
 from config.errors import ConfigError, Problem
 
+Origin = Path | str
+"""What set a key: a file, or in words an annotation."""
+
 KeyPath = tuple[str | int, ...]
 """The way to a value from the top of the file: table names, key, and the index inside an array."""
 
@@ -18,28 +21,51 @@ class Tree:
     def __init__(self, base: Path | None, table: Table) -> None:
         self.table = table
         self._base = base
-        self._origins: dict[KeyPath, Path] = {}
+        self._origins: dict[KeyPath, Origin] = {}
 
-    def merge(self, file: Path, table: Table) -> None:
+    def merge(self, origin: Origin, table: Table) -> None:
         """Lay one drop-in over the tree: tables join key by key, anything else replaces what was there."""
-        self._join(self.table, table, (), file)
+        self._join(self.table, table, (), origin)
 
-    def origin(self, where: KeyPath) -> Path | None:
-        """The file that set a key or, if none did, the base file (None: there is no file)."""
+    def forget(self, where: KeyPath) -> None:
+        """Take a key out, as if nothing had set it. Harmless when nothing has."""
+        table: Any = self.table
+        for name in where[:-1]:
+            table = table.get(name) if isinstance(table, dict) else None
+        if isinstance(table, dict):
+            table.pop(where[-1], None)
+        self._origins.pop(where, None)
+
+    def origin(self, where: KeyPath) -> Origin | None:
+        """What set a key or, if nothing did, the base file (None: there is no file)."""
         for end in range(len(where), 0, -1):
             if where[:end] in self._origins:
                 return self._origins[where[:end]]
         return self._base
 
-    def _join(self, into: Table, table: Mapping[str, Any], where: KeyPath, file: Path) -> None:
+    def origins(self) -> dict[str, str]:
+        """What set each key that is set at all, by dotted names."""
+        found: dict[str, str] = {}
+
+        def collect(table: Table, where: KeyPath) -> None:
+            for name, value in table.items():
+                if isinstance(value, dict):
+                    collect(value, (*where, name))
+                else:
+                    found[dotted((*where, name))] = str(self.origin((*where, name)))
+
+        collect(self.table, ())
+        return found
+
+    def _join(self, into: Table, table: Mapping[str, Any], where: KeyPath, origin: Origin) -> None:
         for name, value in table.items():
             here = (*where, name)
             old = into.get(name)
             if isinstance(old, dict) and isinstance(value, dict):
-                self._join(old, value, here, file)
+                self._join(old, value, here, origin)
             else:
                 into[name] = value
-                self._origins[here] = file
+                self._origins[here] = origin
 
 
 class Report:
@@ -49,6 +75,12 @@ class Report:
         self._tree = tree
         self._problems: list[Problem] = []
         self._bad: set[KeyPath] = set()
+        self.remarks: list[Problem] = []
+        """What the user is to know about a configuration that can be used."""
+
+    def remark(self, where: KeyPath, text: str, hint: str = "") -> None:
+        """Say something about a key that is no mistake."""
+        self.remarks.append(self.problem(where, text, hint))
 
     def add(self, where: KeyPath, problem: str, hint: str = "", *, also: tuple[KeyPath, ...] = ()) -> None:
         """Note a problem of the key at `where`.
@@ -59,7 +91,15 @@ class Report:
         if any(map(self.is_bad, (where, *also))):
             return
         self._bad.add(where)
-        self._problems.append(Problem(self._tree.origin(where), dotted(where), problem, hint))
+        self._problems.append(self.problem(where, problem, hint))
+
+    def problem(self, where: KeyPath, problem: str, hint: str = "") -> Problem:
+        """What is to be said about the key at `where`, not noted."""
+        return Problem(self._tree.origin(where), dotted(where), problem, hint)
+
+    def note(self, problem: Problem) -> None:
+        """Note a problem of something that has no place in the tree."""
+        self._problems.append(problem)
 
     def is_bad(self, where: KeyPath) -> bool:
         """Whether a problem was noted for this key, for an item of it, or for a table around it."""

@@ -6,22 +6,59 @@ does. Only keys with an effect are looked at.
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
 from config.describe import show
-from config.schema import Agent, Config, Qemu, info
-from config.schema.hypervisor import DEFAULT_INITRD, DEFAULT_QEMU
+from config.schema import Agent, Config, GuestExtensionImage, Qemu, Runtime, info
+from config.schema.hypervisor import (
+    ARCHITECTURES,
+    DEFAULT_INITRD,
+    DEFAULT_KERNEL,
+    DEFAULT_QEMU,
+    DEFAULT_QEMUS,
+    FIRMWARE_HINT,
+    QEMU_PACKAGES,
+    SEALED_MACHINE,
+)
 from config.tree import KeyPath, Report
 
 VIRTIOFSD_PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 # More needs interrupt remapping from a virtual IOMMU, which this machine does not have.
 MAX_VCPUS = 256
 MIN_MEMORY_MIB = 64
+_MAX_BRIDGES = 5
+_MAX_PORTS = 16
+# A tap has as many, <linux/if_tun.h>.
+_MOST_NETWORK_QUEUES = 256
+# Of virtio disks in QEMU: the length of a queue, which is a power of two, and the number of queues.
+_LEAST_DISK_QUEUE, _MOST_DISK_QUEUES = 4, 1024
+
+_PROPERTY = re.compile(r"[+-]?[A-Za-z0-9][A-Za-z0-9._-]*(=.*)?")
+# What would go around the checks of the keys that these belong to.
+_OWN_MACHINE_PROPERTIES = {
+    "accel": "accel",
+    "append": "kernel_params",
+    "confidential-guest-support": "confidential_guest",
+    "firmware": "firmware",
+    "initrd": "initrd",
+    "kernel": "kernel",
+    "memory": "default_memory",
+    "memory-backend": "default_memory",
+    "memory-encryption": "confidential_guest",
+    "nvdimm": "vm_rootfs_driver",
+    "pflash0": "pflashes",
+    "pflash1": "pflashes",
+    "smp": "default_vcpus",
+    "type": "machine_type",
+}
 
 _SECCOMP_CLASSES = ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")
+
+_OF_PROTECTION = ("confidential_guest", "sev_snp_guest", "snp_id_block", "snp_id_auth", "snp_guest_policy")
 
 Changes = dict[str, Any]
 
@@ -31,38 +68,84 @@ class HostLimits(NamedTuple):
 
     cpus: int
     memory_mib: int
+    machine_type: str = "q35"
+    """That of its own architecture; empty when there is none."""
 
     @classmethod
     def of_this_host(cls) -> "HostLimits":
         """All CPUs and all memory, whoever uses them at the moment."""
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return cls(os.cpu_count() or 1, memory // 2**20)
+        machines = {"x86_64": "q35", "aarch64": "virt", "s390x": "s390-ccw-virtio"}
+        return cls(os.cpu_count() or 1, memory // 2**20, machines.get(os.uname().machine, ""))
 
 
 def adjust_and_validate(config: Config, host: HostLimits, report: Report) -> Config:
     """Give the configuration that will be used; problems go to `report`."""
-    qemu, agent, runtime = config.hypervisor, config.agent, config.runtime
-    topics = _QemuTopics(qemu, ("hypervisor", runtime.hypervisor_name), report)
+    agent, runtime = config.agent, config.runtime
+    where: KeyPath = ("hypervisor", runtime.hypervisor_name)
+    qemu = _protected(config.hypervisor, where, report)
+    topics = _QemuTopics(qemu, where, report)
     _check_agent(agent, ("agent", runtime.agent_name), report)
     return Config(
         hypervisor=replace(
             qemu,
             **topics.processors(host),
             **topics.memory(host),
-            **topics.files(),
+            **topics.files(host),
+            **topics.initdata(),
             **topics.sharing(),
             **topics.words(),
+            **topics.buses(),
+            **topics.disks(),
             **topics.seccomp(),
+            **topics.for_pods(),
             log_level=_level(qemu.enable_debug, qemu.log_level),
         ),
         agent=replace(agent, log_level=_level(agent.enable_debug, agent.log_level)),
-        runtime=replace(runtime, log_level=_level(runtime.enable_debug, runtime.log_level)),
+        runtime=replace(
+            _check_runtime(runtime, qemu, where, report),
+            sandbox_bind_mounts=_guest_files(runtime, qemu, report),
+            log_level=_level(runtime.enable_debug, runtime.log_level),
+        ),
         factory=config.factory,
     )
 
 
 def _level(enable_debug: bool, log_level: str) -> str:
     return "debug" if enable_debug and log_level == "info" else log_level
+
+
+def _check_runtime(runtime: Runtime, qemu: Qemu, where: KeyPath, report: Report) -> Runtime:
+    if runtime.emptydir_mode == "block-encrypted" and qemu.shared_fs != "none":
+        problem = "emptyDir volumes would be plain directories of the host"
+        hint = 'set it to "shared-fs", or shared_fs to "none"'
+        report.add(("runtime", "emptydir_mode"), problem, hint, also=((*where, "shared_fs"),))
+    return runtime
+
+
+def _guest_files(runtime: Runtime, qemu: Qemu, report: Report) -> tuple[str, ...]:
+    if not (runtime.sandbox_bind_mounts or runtime.shared_mounts):
+        return ()
+    from config import guest_files  # few configurations have either
+
+    guest_files.check_shared_mounts(runtime, report)
+    return guest_files.bind_mounts(runtime, qemu, report) if runtime.sandbox_bind_mounts else ()
+
+
+def _protected(qemu: Qemu, where: KeyPath, report: Report) -> Qemu:
+    """The guest with what a confidential one can have, and whatever is to be said about its keys."""
+    builtin = Qemu()
+    if all(getattr(qemu, name) == getattr(builtin, name) for name in _OF_PROTECTION):
+        return qemu  # most files: the rest need not be loaded
+    from config.confidential import problems, without
+
+    for bad in problems(qemu):
+        others = ((*where, "confidential_guest"),) if bad.key != "confidential_guest" else ()
+        report.add((*where, bad.key), bad.text, bad.hint, also=others)
+    qemu, lost = without(qemu)
+    for remark in lost:
+        report.remark((*where, remark.key), remark.text, remark.hint)
+    return qemu
 
 
 class _QemuTopics:
@@ -100,24 +183,95 @@ class _QemuTopics:
         slots = self._qemu.memory_slots or 128
         return {"default_memory": boot, "default_maxmemory": most, "memory_slots": slots}
 
-    def files(self) -> Changes:
+    def files(self, host: HostLimits) -> Changes:
         qemu = self._qemu
+        sealed = qemu.confidential_guest and qemu.machine_type == SEALED_MACHINE
+        kernel, initrd = qemu.kernel, qemu.initrd or ("" if qemu.image or sealed else DEFAULT_INITRD)
+        build = firmware = ""
+        if qemu.confidential_guest:
+            build, firmware = "install a guest made for this, as Kata Containers has them", FIRMWARE_HINT
+        elif qemu.machine_type != host.machine_type:
+            arch = ARCHITECTURES[qemu.machine_type]
+            build = f"build the guest with: kata-py guest build --arch {arch}"
+            folder = f"{qemu.guest_dir}/{arch}"
+            kernel = f"{folder}/vmlinux" if kernel == DEFAULT_KERNEL else kernel
+            initrd = f"{folder}/initrd.img" if initrd == DEFAULT_INITRD else initrd
         if not qemu.kernel:
             self._bad("kernel", "want a file, got ''")
+        dumps = qemu.guest_memory_dump_path
+        if dumps and not dumps.startswith("/"):
+            self._bad("guest_memory_dump_path", f"want an absolute path, got {show(dumps)}")
+        if qemu.selinux_label and not re.fullmatch(r"[^\s:]+(:[^\s:]+){2}(:\S+)?", qemu.selinux_label):
+            self._bad(
+                "selinux_label", f"{show(qemu.selinux_label)} is not user:role:type or user:role:type:level"
+            )
         if qemu.image and qemu.initrd:
             self._bad(
                 "image", "a guest has an image or an initrd, not both", "remove one of them", also="initrd"
             )
-        extensions = tuple(image for image in qemu.guest_extension_images if image.path)
+        if qemu.image_initrd and not qemu.image:
+            self._bad("image_initrd", "is of use only with image", "remove it, or set image", also="image")
+        if qemu.image and qemu.vm_rootfs_driver in ("virtio-scsi", "virtio-blk-mmio"):
+            self._bad(
+                "vm_rootfs_driver", f"the machine has no {qemu.vm_rootfs_driver} for image", also="image"
+            )
+        if qemu.file_mem_backend and not (
+            qemu.file_mem_backend.startswith("/") and os.path.isdir(qemu.file_mem_backend)
+        ):
+            self._bad("file_mem_backend", f"{show(qemu.file_mem_backend)} is no directory")
+        if qemu.file_mem_backend and qemu.enable_hugepages and qemu.hugepage_type == "hugetlbfs":
+            problem = "guest memory is files or huge pages, not both"
+            self._bad("file_mem_backend", problem, "remove one of them", also="enable_hugepages")
+        if qemu.rootless and qemu.enable_hugepages and qemu.hugepage_type == "hugetlbfs":
+            self._bad(
+                "rootless", "huge pages are for root only", "remove one of them", also="enable_hugepages"
+            )
+        if qemu.rootless and qemu.extra_monitor_socket and qemu.enable_debug:
+            problem = "QEMU cannot make a socket in root's directory"
+            self._bad("rootless", problem, "remove one of them", also="extra_monitor_socket")
+        if qemu.firmware_volume and not qemu.firmware:
+            self._bad("firmware_volume", "is of use only with firmware", also="firmware")
+        if qemu.firmware and qemu.pflashes:
+            self._bad(
+                "pflashes", "firmware is a file or flash memory, not both", "remove one", also="firmware"
+            )
+        if qemu.kernel_verity_params:
+            from config import verity
+
+            if problem := verity.problem_of(qemu.kernel_verity_params):
+                self._bad("kernel_verity_params", problem)
+            elif not qemu.image:
+                self._bad(
+                    "kernel_verity_params",
+                    "is of use only with image",
+                    "set image, or remove it",
+                    also="image",
+                )
+        default = DEFAULT_QEMUS[qemu.machine_type]
+        path = default if qemu.path in ("", DEFAULT_QEMU) else qemu.path
+        install = f"install {QEMU_PACKAGES[qemu.machine_type]} or name QEMU's system emulator here"
         return {
-            "guest_extension_images": extensions,
-            "path": self._file("path", qemu.path or DEFAULT_QEMU, executable=True),
-            "kernel": self._file("kernel", qemu.kernel),
-            "initrd": self._file("initrd", qemu.initrd or ("" if qemu.image else DEFAULT_INITRD)),
+            "guest_extension_images": self._extensions(),
+            "path": self._file("path", path, executable=True, hint=install),
+            "firmware_volume": self._file("firmware_volume", qemu.firmware_volume),
+            "pflashes": tuple(self._file("pflashes", name) for name in qemu.pflashes if name),
+            "kernel": self._file("kernel", kernel, hint=build),
+            "initrd": self._file("initrd", initrd, hint=build),
             "image": self._file("image", qemu.image),
-            "firmware": self._file("firmware", qemu.firmware),
+            "image_initrd": self._file("image_initrd", qemu.image_initrd),
+            "firmware": self._file("firmware", qemu.firmware, hint=firmware),
             "entropy_source": self._file("entropy_source", qemu.entropy_source or "/dev/urandom"),
         }
+
+    def initdata(self) -> Changes:
+        if self._qemu.initdata:
+            from config.initdata import parse
+
+            try:
+                parse(self._qemu.initdata)
+            except ValueError as err:
+                self._bad("initdata", str(err))
+        return {}
 
     def sharing(self) -> Changes:
         qemu = self._qemu
@@ -134,12 +288,64 @@ class _QemuTopics:
     def words(self) -> Changes:
         changes: Changes = {}
         for name in ("machine_accelerators", "cpu_features"):
-            parts = [part.strip() for part in getattr(self._qemu, name).split(",")]
             # An empty part would be a doubled comma, which QEMU takes for a comma inside a value.
-            changes[name] = ",".join(filter(None, parts))
-            self._check_lines(name, (changes[name],))
+            parts = [part.strip() for part in getattr(self._qemu, name).split(",") if part.strip()]
+            changes[name] = ",".join(parts)
+            if changes[name].isprintable():
+                self._check_properties(name, parts)
+            else:
+                self._check_lines(name, (changes[name],))
         self._check_lines("kernel_params", (self._qemu.kernel_params,))
         return changes
+
+    def _check_properties(self, name: str, parts: list[str]) -> None:
+        """They become properties of the machine or the processor as they are written."""
+        for part in parts:
+            if not _PROPERTY.fullmatch(part) or (part[0] in "+-" and name != "cpu_features"):
+                self._bad(name, f"want properties as in a=b,c=d, got {show(part)}")
+            key = part.partition("=")[0]
+            if name == "machine_accelerators" and key in _OWN_MACHINE_PROPERTIES:
+                self._bad(name, f"{key} of the machine is set by another key: {_OWN_MACHINE_PROPERTIES[key]}")
+
+    def disks(self) -> Changes:
+        size, queues = self._qemu.queue_size or 128, self._qemu.num_queues or 1
+        if size & (size - 1) or not _LEAST_DISK_QUEUE <= size <= _MOST_DISK_QUEUES:
+            self._bad(
+                "queue_size", f"want a power of two, {_LEAST_DISK_QUEUE} to {_MOST_DISK_QUEUES}, got {size}"
+            )
+        if queues > _MOST_DISK_QUEUES:
+            self._bad("num_queues", f"want at most {_MOST_DISK_QUEUES}, got {queues}")
+        return {"queue_size": size, "num_queues": queues}
+
+    def buses(self) -> Changes:
+        if self._qemu.enable_iommu_platform and self._qemu.machine_type != "s390-ccw-virtio":
+            self._bad(
+                "enable_iommu_platform",
+                f"a machine of type {self._qemu.machine_type} has no devices on channels",
+                "set enable_iommu for a virtual IOMMU",
+                also="machine_type",
+            )
+        on_channels = self._qemu.machine_type == "s390-ccw-virtio"
+        if self._qemu.enable_iommu and on_channels:
+            self._bad(
+                "enable_iommu", "guests with s390x have no virtual IOMMU", "remove it", also="machine_type"
+            )
+        ports = {name: getattr(self._qemu, name) for name in ("pcie_root_port", "pcie_switch_port")}
+        for name, number in ports.items():
+            if number > _MAX_PORTS:
+                self._bad(name, f"want at most {_MAX_PORTS}, got {number}")
+            elif number and on_channels:
+                self._bad(name, "guests with s390x have no PCIe ports", "set it to 0", also="machine_type")
+        if all(ports.values()):
+            problem = "spare ports are of the root complex or of a switch, not of both"
+            self._bad("pcie_switch_port", problem, "set one of them to 0", also="pcie_root_port")
+        hooks = self._qemu.guest_hook_path
+        if hooks and not (hooks.startswith("/") and hooks.isprintable() and ".." not in hooks.split("/")):
+            self._bad("guest_hook_path", f"want an absolute path in the guest, got {show(hooks)}")
+        return {
+            "default_bridges": min(self._qemu.default_bridges or 1, _MAX_BRIDGES),
+            "network_queues": min(self._qemu.network_queues or 1, _MOST_NETWORK_QUEUES),
+        }
 
     def seccomp(self) -> Changes:
         new, old = self._qemu.seccomp_sandbox, self._qemu.seccompsandbox
@@ -155,6 +361,15 @@ class _QemuTopics:
             self._bad(name, f"{show(new or old)} is not a filter that QEMU knows")
         return {"seccomp_sandbox": "" if switch == "off" else new or old}
 
+    def for_pods(self) -> Changes:
+        for index, pattern in enumerate(self._qemu.enable_annotations):
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError):
+                where = (*self._where, "enable_annotations", index)
+                self._report.add(where, f"{show(pattern)} is not a regular expression")
+        return {}
+
     def _virtiofsd(self) -> str:
         if self._qemu.virtio_fs_daemon:
             return self._file("virtio_fs_daemon", self._qemu.virtio_fs_daemon, executable=True)
@@ -167,23 +382,37 @@ class _QemuTopics:
             )
         return found
 
-    def _file(self, name: str, path: str, *, executable: bool = False) -> str:
+    def _file(self, name: str, path: str, *, executable: bool = False, hint: str = "") -> str:
         """The path without symbolic links, once known to name a usable file; an empty one stays empty."""
         if not path:
             return path
+        return self._file_at(
+            (*self._where, name), path, executable=executable, hint=hint or info(Qemu, name).hint
+        )
+
+    def _file_at(self, where: KeyPath, path: str, *, executable: bool = False, hint: str = "") -> str:
         shown = path if path.isprintable() else show(path)
         if not path.startswith("/"):
             # It would be looked up in the bundle of whichever container comes first.
-            self._bad(name, f"want an absolute path, got {show(path)}")
+            problem = f"want an absolute path, got {show(path)}"
         elif not os.path.exists(path):
-            self._bad(name, f"{shown} does not exist")
+            problem = f"{shown} does not exist"
         elif os.path.isdir(path):
-            self._bad(name, f"{shown} is a directory, want a file")
+            problem = f"{shown} is a directory, want a file"
         elif executable and not os.access(path, os.X_OK):
-            self._bad(name, f"{shown} is not executable")
+            problem = f"{shown} is not executable"
         else:
             return os.path.realpath(path)
+        self._report.add(where, problem, hint)
         return path
+
+    def _extensions(self) -> tuple[GuestExtensionImage, ...]:
+        if not self._qemu.guest_extension_images:
+            return ()
+        from config import extensions
+
+        where = (*self._where, "guest_extension_images")
+        return extensions.adjusted(self._qemu.guest_extension_images, where, self._report, self._file_at)
 
     def _check_lines(self, name: str, words: Sequence[str]) -> None:
         for word in words:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 
 from guest_agent.errors import StateConflict
 
@@ -11,6 +12,9 @@ ROOT = "/sys/fs/cgroup"
 PARENT = "/kata"
 #: What limits and statistics of containers need. Each more makes every group more expensive.
 CONTROLLERS = ("cpuset", "cpu", "io", "memory", "hugetlb", "pids")
+
+#: How often a signal to a whole group looks for processes that it has missed.
+MAX_SIGNAL_ROUNDS = 16
 
 
 def enable_controllers(root: str = ROOT) -> None:
@@ -39,8 +43,11 @@ class Cgroup:
 
     def read(self, name: str) -> str:
         """A file of the group, empty when the kernel does not have it."""
+        return self._read(f"{self.path}/{name}")
+
+    def _read(self, path: str) -> str:
         try:
-            with open(f"{self.path}/{name}") as file:
+            with open(path) as file:
                 return file.read()
         except (FileNotFoundError, OSError) as err:
             if isinstance(err, FileNotFoundError) or err.errno in (errno.ENODEV, errno.EOPNOTSUPP):
@@ -66,7 +73,40 @@ class Cgroup:
 
     def kill(self) -> None:
         """SIGKILL to every process of the group, frozen or not, also those that are being forked right now."""
-        self._control("cgroup.kill", "1")
+        if not self._control("cgroup.kill", "1"):
+            self._signal_each(signal.SIGKILL)
+
+    def pids(self) -> list[int]:
+        """Every process of the group and the groups below it, in the guest's pid namespace; none without a group."""
+        found: list[int] = []
+        for directory, _, _ in os.walk(self.path):
+            found += map(int, self._read(f"{directory}/cgroup.procs").split())
+        return found
+
+    def signal(self, number: int) -> None:
+        """A signal to every process of the group, also those that are being forked right now."""
+        if number == signal.SIGKILL:
+            self.kill()
+        else:
+            self._signal_each(number)
+
+    def _signal_each(self, number: int) -> None:
+        """A fork either was done when its parent got the signal, and then shows in the next look, or the kernel
+        begins it anew after the parent took the signal. So nobody is missed once a look shows nobody new.
+
+        Processes that answer the signal by forking show as new as well; MAX_SIGNAL_ROUNDS ends that.
+        """
+        signalled: set[int] = set()
+        for _ in range(MAX_SIGNAL_ROUNDS):
+            fresh = [pid for pid in self.pids() if pid not in signalled]
+            if not fresh:
+                return
+            for pid in fresh:
+                try:
+                    os.kill(pid, number)
+                except ProcessLookupError:
+                    continue
+            signalled.update(fresh)
 
     def freeze(self, frozen: bool) -> None:
         """Ask for it; it is done when `frozen` says so. Raises StateConflict when the group is gone."""
@@ -90,5 +130,9 @@ class Cgroup:
 
 
 def _write(path: str, value: str) -> None:
-    with open(path, "w") as file:
-        file.write(value)
+    """Not open(path, "w"): that asks for missing files to be made, to which the kernel says EACCES, not ENOENT."""
+    fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)

@@ -1,4 +1,7 @@
-"""The kernel command line: the words that are for the agent. Others of Kata's words have no effect here."""
+"""The kernel command line: the words that are for the agent.
+
+Words of Kata's agent that this one has no use for are told of, as the host's configuration asked for something by them.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,8 @@ def parse(line: str) -> Settings:
         name, _, value = word.partition("=")
         reader = _READERS.get(name)
         if reader is None:
+            if name.startswith("agent."):
+                settings.problems.append(f"{word}: this guest's agent has no such setting")
             continue
         field, read = reader
         try:

@@ -20,10 +20,20 @@ if TYPE_CHECKING:
     from guest_agent.watch import FileWatch
 
 BUNDLES = "/run/kata-containers"
-#: Records of ended exec processes kept for late questions; the oldest are dropped.
+#: Ended exec processes that are kept for late questions; the oldest are dropped.
 MAX_ENDED_EXECS = 64
+#: The same of those whose exit code or output the host is still to get. It may never come for them.
+MAX_OWED_EXECS = 512
 
 _TERMINATION_PATH_ANNOTATION = "io.kubernetes.container.terminationMessagePath"
+
+#: Who of a pod a container is: containerd's CRI plugin, CRI-O, Kata.
+_TYPE_ANNOTATIONS = (
+    "io.kubernetes.cri.container-type",
+    "io.kubernetes.cri-o.ContainerType",
+    "io.katacontainers.pkg.oci.container_type",
+)
+_MEMBER = ("container", "pod_container")
 
 CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
 
@@ -52,9 +62,9 @@ class Container:
         self._pipe_size = pipe_size
         self._started = False
         self._paused = False
+        self._oom_kills = 0
         self._init: Process | None = None
         self._execs: dict[str, Process] = {}
-        self._starting: set[str] = set()
 
     @property
     def init(self) -> Process:
@@ -72,6 +82,13 @@ class Container:
         return RUNNING if self._started else CREATED
 
     @property
+    def may_hold_pod(self) -> bool:
+        """Whether it can be the sandbox container: it is said to be, or at least not said to be another of the pod."""
+        annotations = self._config.get("annotations") or {}
+        assert isinstance(annotations, dict)
+        return not any(annotations.get(name) in _MEMBER for name in _TYPE_ANNOTATIONS)
+
+    @property
     def pid_namespace(self) -> str:
         """Path of the init's pid namespace, for containers that share it."""
         return f"/proc/{self.init.pid}/ns/pid"
@@ -84,7 +101,9 @@ class Container:
         assert isinstance(annotations, dict)
         assert isinstance(mounts, list)
         wanted = annotations.get(_TERMINATION_PATH_ANNOTATION, "/dev/termination-log")
-        return next((mounted["source"] for mounted in mounts if mounted["destination"] == wanted), None)
+        return next(
+            (mounted.get("source") for mounted in mounts if mounted.get("destination") == wanted), None
+        )
 
     def process(self, exec_id: str) -> Process:
         """By exec id; empty or the container's own id is the init. Raises NotFound."""
@@ -95,22 +114,31 @@ class Container:
         except KeyError:
             raise NotFound(f"container {self.id} has no process {exec_id!r}") from None
 
+    def newly_killed_for_memory(self) -> int:
+        """How many of its processes the kernel has killed for lack of memory since this was last asked."""
+        now = self.cgroup.flag("memory.events", "oom_kill")
+        fresh, self._oom_kills = max(0, now - self._oom_kills), max(now, self._oom_kills)
+        return fresh
+
+    def processes(self) -> list[tuple[int, str]]:
+        """The pids that live in the container, each with its exec id if it is the process of a running exec."""
+        execs = {process.pid: name for name, process in self._execs.items() if process.running}
+        return [(pid, execs.get(pid, "")) for pid in self.cgroup.pids()]
+
     # The verbs. The caller holds the lock.
 
     async def create(self) -> None:
-        """Write the bundle and have the engine make the container. Leaves nothing behind when it fails."""
+        """Write the bundle and have the engine make the container. `clean_up` is for what is left when it fails."""
         os.makedirs(self.bundle, exist_ok=True)
-        try:
-            self._bind_rootfs()
-            with open(f"{self.bundle}/config.json", "w") as file:
-                file.write(dumps(self._config))
-            started = await self._engine.create(
-                self.id, self.bundle, terminal=_terminal(self._config["process"]), pipe_size=self._pipe_size
-            )
-        except BaseException:
-            self._remove_bundle()
-            raise
+        self._bind_rootfs()
+        with open(f"{self.bundle}/config.json", "w") as file:
+            file.write(dumps(self._config))
+        started = await self._engine.create(
+            self.id, self.bundle, terminal=_terminal(self._config["process"]), pipe_size=self._pipe_size
+        )
         self._init = Process(self.id, started.pid, started.stdio, started.exited)
+        # Where the pid namespace is the container's own the kernel does this; in a shared one nobody else does.
+        started.exited.add_done_callback(lambda _exited: self.cgroup.kill())
 
     def _bind_rootfs(self) -> None:
         root = self._config["root"]
@@ -134,25 +162,23 @@ class Container:
         self._started = True
 
     async def exec(self, exec_id: str, process: Json) -> None:
-        """Raises AlreadyExists while that exec id runs, StateConflict unless the container runs."""
-        if self.state != RUNNING:
+        """Raises AlreadyExists while that exec id runs, StateConflict unless the container was created or runs."""
+        if self.state not in (CREATED, RUNNING):
             raise StateConflict(f"cannot exec in container {self.id}: it is {self.state}")
         known = self._execs.get(exec_id)
-        if exec_id in ("", self.id) or exec_id in self._starting or (known is not None and known.running):
+        if exec_id in ("", self.id) or (known is not None and known.running):
             raise AlreadyExists(f"container {self.id} has a process {exec_id!r} already")
-        self._starting.add(exec_id)
-        try:
-            started = await self._engine.exec(
-                self.id, process, terminal=_terminal(process), pipe_size=self._pipe_size
-            )
-        finally:
-            self._starting.discard(exec_id)
+        started = await self._engine.exec(
+            self.id, process, terminal=_terminal(process), pipe_size=self._pipe_size
+        )
         if known is not None:
             self._drop(exec_id)
         self._execs[exec_id] = Process(exec_id, started.pid, started.stdio, started.exited)
-        ended = [name for name, process in self._execs.items() if not process.running]
-        for name in ended[: max(0, len(ended) - MAX_ENDED_EXECS)]:
-            self._drop(name)
+        ended = [(name, process.owed) for name, process in self._execs.items() if not process.running]
+        for owed, most in ((False, MAX_ENDED_EXECS), (True, MAX_OWED_EXECS)):
+            names = [name for name, still in ended if still is owed]
+            for name in names[: max(0, len(names) - most)]:
+                self._drop(name)
 
     def _drop(self, exec_id: str) -> None:
         self._execs.pop(exec_id).stdio.close()
@@ -184,20 +210,26 @@ class Container:
 
     async def remove(self) -> None:
         """End every process and clean up, in an order in which nothing can be left over. May be repeated."""
-        if self._init is not None:
-            self.cgroup.kill()
-            await self._init.wait()
-            if self.cgroup.populated:
-                await until(
-                    self._watch, f"{self.cgroup.path}/cgroup.events", lambda: not self.cgroup.populated
-                )
+        await self._empty()
         if self._has_hooks("poststop"):
             await self._engine.delete_with_hooks(self.id)
-        self.cgroup.remove()
-        self._engine.forget(self.id)
         for process in (self._init, *self._execs.values()):
             if process is not None:
                 process.stdio.close()
+        await self.clean_up()
+
+    async def _empty(self) -> None:
+        self.cgroup.kill()
+        if self._init is not None:
+            await self._init.wait()
+        if self.cgroup.populated:
+            await until(self._watch, f"{self.cgroup.path}/cgroup.events", lambda: not self.cgroup.populated)
+
+    async def clean_up(self) -> None:
+        """Of a container that was removed, or never quite made: processes, cgroup, the engine's files, bundle."""
+        await self._empty()
+        self.cgroup.remove()
+        self._engine.forget(self.id)
         self._remove_bundle()
 
     def _remove_bundle(self) -> None:

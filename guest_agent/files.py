@@ -24,7 +24,11 @@ def copy(request: agent_pb2.CopyFileRequest, base: str = SHARED_DIR) -> None:
     """
     prefix = base + "/"
     parts = request.path[len(prefix) :].split("/")
-    if not request.path.startswith(prefix) or any(part in ("", ".", "..") for part in parts):
+    if (
+        not request.path.startswith(prefix)
+        or "\0" in request.path
+        or any(part in ("", ".", "..") for part in parts)
+    ):
         raise InvalidRequest(f"{request.path!r} is not a path below {base}")
     os.makedirs(base, exist_ok=True)
     parent = _open_parent(base, parts[:-1], stat.S_IMODE(request.dir_mode) or 0o755)
@@ -67,6 +71,8 @@ def _make_directory(parent: int, name: str, request: agent_pb2.CopyFileRequest) 
 
 
 def _make_link(parent: int, name: str, request: agent_pb2.CopyFileRequest) -> None:
+    if not request.data or b"\0" in request.data:
+        raise InvalidRequest(f"{request.path}: a symbolic link cannot point to {request.data[:100]!r}")
     temporary = f"{name}.tmp"
     _unlink_if_there(temporary, parent)
     os.symlink(os.fsdecode(request.data), temporary, dir_fd=parent)

@@ -24,10 +24,17 @@ MOUNTS = (
     ("run", "/run", "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=0755"),
     ("cgroup2", "/sys/fs/cgroup", "cgroup2", _SECURE, "nsdelegate"),
 )
+#: On a root that cannot be written to, for whatever expects that it can.
+SCRATCH = ("tmp", "/tmp", "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "mode=1777")  # noqa: S108
 HOST_CID = 2
 READY_TIMEOUT_S = 1.0
 #: A connection that arrives while the imports still run waits here instead of being refused.
 BACKLOG = 128
+
+
+def root_is_image() -> bool:
+    """Whether the root is a disk, which is mounted read-only, and not the initial RAM file system."""
+    return bool(os.statvfs("/").f_flag & os.ST_RDONLY)
 
 
 def replace_root() -> None:
@@ -82,7 +89,10 @@ def tell_ready(port: int, init_s: float) -> None:
 
 def boot(modules: Modules) -> Settings:
     """Everything up to "the host can reach us". Raises OSError naming what failed."""
-    replace_root()
+    if root_is_image():
+        syscalls.mount(*SCRATCH)
+    else:
+        replace_root()
     mount_kernel_file_systems()
     for name in BOOT:
         modules.load_if_present(name)

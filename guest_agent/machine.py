@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import errno
 import fcntl
 import os
@@ -12,6 +13,9 @@ from guest_agent.errors import InvalidRequest
 
 _RNDADDENTROPY = 0x40085203
 _RNDRESEEDCRNG = 0x5207
+# <linux/sockios.h>, <linux/if.h>
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
+_IFREQ = struct.Struct("16sH14x")
 SYS = "/sys/devices/system"
 VERSION_FILE = "/usr/lib/kata-py/version"
 
@@ -89,3 +93,14 @@ def _read(path: str) -> str:
 def _write(path: str, value: str) -> None:
     with open(path, "w") as file:
         file.write(value)
+
+
+def raise_loopback() -> None:
+    """Let programs reach each other on 127.0.0.1 and ::1. Raises OSError."""
+    sock = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
+    try:
+        name, flags = _IFREQ.unpack(fcntl.ioctl(sock, _SIOCGIFFLAGS, _IFREQ.pack(b"lo", 0)))
+        if not flags & _IFF_UP:
+            fcntl.ioctl(sock, _SIOCSIFFLAGS, _IFREQ.pack(name, flags | _IFF_UP))
+    finally:
+        sock.close()

@@ -7,6 +7,7 @@ into the kernel does not exist.
 from __future__ import annotations
 
 import errno
+import os
 
 from guest_agent import syscalls
 
@@ -14,6 +15,11 @@ LIST = "/usr/lib/kata-py/modules"
 BUILTIN = "/usr/lib/kata-py/modules.builtin"
 #: What makes the host reachable. Names that are built into the kernel are not in the list and are skipped.
 BOOT = ("virtio_pci", "vmw_vsock_virtio_transport")
+
+
+DEVICES = "/sys/bus/virtio/devices"
+#: Drivers of devices that nothing else here asks for, by the virtio standard's number of the device's type.
+DRIVERS = {4: "virtio_rng", 5: "virtio_balloon", 24: "virtio_mem"}
 
 
 class ModuleMissing(Exception):
@@ -39,6 +45,16 @@ class Modules:
         """Load a module and what it needs; nothing to do when it is built in. Raises OSError."""
         if name in self._available:
             self._load(name, "")
+
+    def load_for_devices(self, devices: str = DEVICES) -> None:
+        """Load the drivers of what the machine has that few machines have. Raises OSError."""
+        if not os.path.isdir(devices):
+            return  # a kernel without virtio: the agent is not in a guest of ours
+        for device in os.listdir(devices):
+            with open(f"{devices}/{device}/device") as file:
+                driver = DRIVERS.get(int(file.read(), 16))
+            if driver is not None:
+                self.load_if_present(driver)
 
     def load(self, name: str, parameters: str = "") -> None:
         """Load a module somebody asked for by name. Raises ModuleMissing, OSError."""

@@ -79,16 +79,24 @@ def parse(options: Iterable[str]) -> Options:
 
 
 def mount(source: str, target: str, fstype: str, options: Iterable[str] = ()) -> None:
-    """Mount with OCI-style options on a target that exists. A read-only bind takes two calls. Raises OSError."""
+    """Mount with OCI-style options on a target that exists. A read-only bind takes two calls.
+
+    Raises OSError, with nothing mounted.
+    """
     parsed = parse(options)
     if fstype == "bind":
         fstype, parsed.flags = "", parsed.flags | syscalls.MS_BIND
     syscalls.mount(source, target, fstype, parsed.flags, parsed.data)
     restricting = parsed.flags & ~(syscalls.MS_BIND | syscalls.MS_REC)
-    if parsed.flags & syscalls.MS_BIND and restricting:
-        syscalls.mount("", target, "", restricting | syscalls.MS_BIND | syscalls.MS_REMOUNT)
-    for flags in parsed.propagation:
-        syscalls.mount("", target, "", flags)
+    try:
+        if parsed.flags & syscalls.MS_BIND and restricting:
+            syscalls.mount("", target, "", restricting | syscalls.MS_BIND | syscalls.MS_REMOUNT)
+        for flags in parsed.propagation:
+            syscalls.mount("", target, "", flags)
+    except OSError:
+        if not parsed.flags & syscalls.MS_REMOUNT:
+            unmount(target)
+        raise
 
 
 def unmount(target: str) -> None:

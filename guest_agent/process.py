@@ -24,13 +24,20 @@ class Process:
         self.pid = pid
         self.stdio = stdio
         self.exited = exited
+        self._asked = False
 
     @property
     def running(self) -> bool:
         return not self.exited.done()
 
+    @property
+    def owed(self) -> bool:
+        """Whether the host is still to get the exit code, or some of the output."""
+        return not self._asked or self.stdio.owed
+
     async def wait(self) -> int:
         """The exit code, as often as it is asked for."""
+        self._asked = True
         return await asyncio.shield(self.exited)
 
     def signal(self, number: int) -> None:

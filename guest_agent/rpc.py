@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message_factory import GetMessageClass
 
-from agent_proto.gen import agent_pb2, health_pb2
+from agent_proto.gen import agent_pb2, health_pb2, kata_py_agent_pb2
 from ttrpc import Service
 
 if TYPE_CHECKING:
@@ -49,3 +49,8 @@ def agent() -> Service:
 def health() -> Service:
     """`grpc.Health`."""
     return _service(health_pb2.DESCRIPTOR.services_by_name["Health"])
+
+
+def extensions() -> Service:
+    """`kata_py.agent.v1.Extensions`."""
+    return _service(kata_py_agent_pb2.DESCRIPTOR.services_by_name["Extensions"])

@@ -5,34 +5,39 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
-from guest_agent import cgroup
+from guest_agent import cgroup, machine
 from guest_agent.container import BUNDLES, RUNNING, STOPPED, Container
-from guest_agent.errors import AlreadyExists, InvalidRequest, NotFound, StateConflict
+from guest_agent.errors import AlreadyExists, InvalidRequest, NotFound, NotSupported, StateConflict
 from guest_agent.mount import is_mount_point, mount
 from guest_agent.namespaces import adapt
 from guest_agent.oci import spec_to_json
-from guest_agent.storage import Storages
+from guest_agent.oom import OomReports
+from guest_agent.storage import SANDBOX_USER, Storages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from google.protobuf.message import Message
 
     from agent_proto.gen import agent_pb2
     from guest_agent.crun import Crun
     from guest_agent.log import Log
     from guest_agent.modules import Modules
+    from guest_agent.pidns import PidNamespace
     from guest_agent.process import Process
+    from guest_agent.reaper import Reaper
     from guest_agent.watch import FileWatch
 
 SANDBOX_DIR = "/run/kata-containers/sandbox"
-#: The name under which the sandbox itself uses storages; no container id may contain a slash.
-_SANDBOX_USER = "/sandbox"
 MAX_ID_LENGTH = 200
+#: How long the agent waits, where no host says so, for killed processes to be gone. One may hang in the kernel.
+END_LIMIT_S = 5.0
+#: Fields of CreateContainerRequest and ExecProcessRequest.
+_UNSUPPORTED = ("string_user", "devices", "shared_mounts", "stdin_port", "stdout_port", "stderr_port")
 _ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
-#: Out-of-memory reports nobody fetched; more than that of one host say nothing new.
-MAX_OOM_EVENTS = 128
 
 
 class Sandbox:
@@ -43,6 +48,7 @@ class Sandbox:
         engine: Crun,
         modules: Modules,
         watch: FileWatch,
+        reaper: Reaper,
         log: Log,
         *,
         pipe_size: int = 0,
@@ -55,14 +61,16 @@ class Sandbox:
         self._engine = engine
         self._modules = modules
         self._watch = watch
+        self._reaper = reaper
         self._log = log
         self._pipe_size = pipe_size
         self._prepared = False
         self._bundles = bundles
         self._cgroup_root = cgroup_root
         self._containers: dict[str, Container] = {}
-        self._oom_events: deque[str] = deque(maxlen=MAX_OOM_EVENTS)
-        self._oom_waiting = asyncio.Event()
+        self._sandbox_container: Container | None = None
+        self._own_pid_namespace: PidNamespace | None = None
+        self.oom_reports = OomReports()
 
     def container(self, container_id: str) -> Container:
         """Raises NotFound."""
@@ -75,6 +83,10 @@ class Sandbox:
         """Raises NotFound."""
         return self.container(container_id).process(exec_id)
 
+    def load_driver(self, name: str) -> None:
+        """Load a kernel module that the image brings, unless it is built in. Raises OSError."""
+        self._modules.load_if_present(name)
+
     def prepare(self) -> None:
         """What the first container needs done, if it is not done yet. Raises OSError."""
         if not self._prepared:
@@ -86,12 +98,16 @@ class Sandbox:
         """Set the guest up. Raises AlreadyExists the second time, ModuleMissing, InvalidRequest, OSError."""
         if self.id:
             raise AlreadyExists(f"this guest is sandbox {self.id} already")
+        self._modules.load_for_devices()
         for module in request.kernel_modules:
             self._modules.load(module.name, " ".join(module.parameters))
         os.makedirs(SANDBOX_DIR, exist_ok=True)
         # Without a name of its own a machine is called "(none)", which programs take for an error.
         socket.sethostname(request.hostname[:64] or "localhost")
-        self.storages.add(request.storages, _SANDBOX_USER)
+        machine.raise_loopback()
+        self.storages.add(request.storages, SANDBOX_USER)
+        if request.guest_hook_path:
+            self._log.warning("guest_hooks_not_run", path=request.guest_hook_path)
         if request.dns:
             _write_resolv_conf(request.dns)
         self.id = request.sandbox_id or "sandbox"
@@ -99,17 +115,20 @@ class Sandbox:
     async def create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
         """Create a container up to the point where its program could run. All or nothing.
 
-        Raises InvalidRequest, AlreadyExists, EngineFailed, NotSupported, OSError.
+        Raises InvalidRequest, AlreadyExists, EngineFailed, NotSupported, StateConflict, OSError.
         """
         container_id = request.container_id
         check_id(container_id)
+        refuse_unsupported(request, f"container {container_id}")
         if container_id in self._containers:
             raise AlreadyExists(f"there is a container {container_id} already")
         if not request.HasField("OCI") or not request.OCI.HasField("Process") or not request.OCI.Root.Path:
             raise InvalidRequest(f"container {container_id} has no specification with a process and a root")
         self.prepare()
         config = spec_to_json(request.OCI)
-        adapt(config, container_id, self._shared_pid_namespace() if request.sandbox_pidns else "")
+        dropped = adapt(config, container_id, self._shared_pid_namespace() if request.sandbox_pidns else "")
+        if dropped:
+            self._log.info("not_of_this_guest", container=container_id, dropped=", ".join(dropped))
         container = Container(
             container_id,
             config,
@@ -123,19 +142,43 @@ class Sandbox:
         try:
             async with container.lock:
                 self.storages.add(request.storages, container_id)
-                await container.create()
+                try:
+                    await container.create()
+                except BaseException:
+                    await self._discard(container)
+                    raise
         except BaseException:
-            self.storages.release(container_id)
             del self._containers[container_id]
+            self.storages.release(container_id)
             raise
+        if self._sandbox_container is None and container.may_hold_pod:
+            self._sandbox_container = container
         self._watch_memory(container)
 
+    async def _discard(self, container: Container) -> None:
+        """What is there of a container that was never quite made."""
+        try:
+            async with asyncio.timeout(END_LIMIT_S):
+                await container.clean_up()
+        except (TimeoutError, OSError) as err:
+            self._log_not_removed(container.id, err)
+
+    def _log_not_removed(self, container_id: str, err: Exception) -> None:
+        problem = str(err) or "a process does not end"
+        self._log.warning("container_not_removed", container=container_id, error=problem)
+
     def _shared_pid_namespace(self) -> str:
-        """That of the oldest container that is alive, which in a pod is the sandbox container."""
-        for container in self._containers.values():
-            if container.state != STOPPED:
-                return container.pid_namespace
-        raise StateConflict("no container is running whose pid namespace could be shared")
+        """That of the sandbox container; in a pod that has none, one of the sandbox's own."""
+        owner = self._sandbox_container
+        if owner is not None:
+            if owner.state == STOPPED:
+                raise StateConflict(f"sandbox container {owner.id} has ended, and its pid namespace with it")
+            return owner.pid_namespace
+        from guest_agent.pidns import PidNamespace
+
+        if self._own_pid_namespace is None or self._own_pid_namespace.ended:
+            self._own_pid_namespace = PidNamespace.make(self._reaper)
+        return self._own_pid_namespace.path
 
     async def remove_container(self, container_id: str, timeout_s: float | None) -> None:
         """End and forget a container. Raises NotFound, TimeoutError (it can be asked again), OSError."""
@@ -143,46 +186,72 @@ class Sandbox:
         async with asyncio.timeout(timeout_s), container.lock:
             await container.remove()
         self._containers.pop(container_id, None)
+        if container is self._sandbox_container:
+            self._sandbox_container = None
         self.storages.release(container_id)
 
     async def destroy(self) -> None:
         """End every container, write everything to disk, and say that the machine may stop."""
         for container_id in list(self._containers):
             try:
-                await self.remove_container(container_id, timeout_s=5)
+                await self.remove_container(container_id, timeout_s=END_LIMIT_S)
             except (TimeoutError, OSError) as err:
-                self._log.warning("container_not_removed", container=container_id, error=str(err))
+                self._log_not_removed(container_id, err)
+        if self._own_pid_namespace is not None:
+            await self._own_pid_namespace.end()
         os.sync()
         self.stopped.set()
 
+    async def wait(self, container_id: str, exec_id: str) -> int:
+        """The exit code of a process, after the host was told if its container ran out of memory before.
+
+        Raises NotFound.
+        """
+        container = self.container(container_id)
+        code = await container.process(exec_id).wait()
+        self._report_memory(container)
+        await self.oom_reports.fetched(container_id)
+        return code
+
     def _watch_memory(self, container: Container) -> None:
-        """Report processes that the kernel killed for lack of memory."""
-        killed = container.cgroup.flag("memory.events", "oom_kill")
-
-        def changed() -> None:
-            nonlocal killed
-            now = container.cgroup.flag("memory.events", "oom_kill")
-            if now > killed:
-                self._log.warning("out_of_memory", container=container.id, killed=now - killed)
-                self._oom_events.append(container.id)
-                self._oom_waiting.set()
-            killed = max(now, killed)
-
         try:
-            self._watch.add(f"{container.cgroup.path}/memory.events", changed)
+            self._watch.add(f"{container.cgroup.path}/memory.events", partial(self._report_memory, container))
         except OSError as err:
             self._log.warning("memory_events_unavailable", container=container.id, error=str(err))
 
-    async def next_oom(self) -> str:
-        """Id of the next container that ran out of memory."""
-        while not self._oom_events:
-            self._oom_waiting.clear()
-            await self._oom_waiting.wait()
-        return self._oom_events.popleft()
+    def _report_memory(self, container: Container) -> None:
+        """Tell the host if the kernel has killed processes for lack of memory since the last look."""
+        killed = container.newly_killed_for_memory()
+        if killed:
+            self._log.warning("out_of_memory", container=container.id, killed=killed)
+            self.oom_reports.add(container.id)
 
     @property
     def running(self) -> int:
         return sum(1 for container in self._containers.values() if container.state == RUNNING)
+
+
+def refuse_unsupported(request: Message, what: str) -> None:
+    """Fields that this agent has no answer to. Raises NotSupported naming those that are set."""
+    names = [
+        name for name in _UNSUPPORTED if name in request.DESCRIPTOR.fields_by_name and _is_set(request, name)
+    ]
+    if names:
+        raise NotSupported(f"{what}: {', '.join(names)} of {request.DESCRIPTOR.name}")
+
+
+def _is_set(request: Message, name: str) -> bool:
+    field = request.DESCRIPTOR.fields_by_name[name]
+    return request.HasField(name) if field.has_presence else bool(getattr(request, name))
+
+
+def refuse_nul(request: Message) -> None:
+    """Raises InvalidRequest for texts that cannot be paths, names or arguments. Not for requests with bytes in them.
+
+    protobuf's own text, which native code writes, has such a character as \\000, and a backslash as two.
+    """
+    if "\\000" in str(request).replace("\\\\", ""):
+        raise InvalidRequest(f"{request.DESCRIPTOR.name}: a text in it has a NUL character")
 
 
 def check_id(container_id: str) -> None:
@@ -201,9 +270,6 @@ def _write_resolv_conf(lines: Iterable[str]) -> None:
     path = f"{SANDBOX_DIR}/resolv.conf"
     with open(path, "w") as file:
         file.write("\n".join(lines).rstrip("\n") + "\n")
-    target = "/etc/resolv.conf"
-    if not os.path.exists(target):
-        with open(target, "w"):
-            pass
+    target = "/etc/resolv.conf"  # it may be read-only, and is empty in the image
     if not is_mount_point(target):
         mount(path, target, "bind")

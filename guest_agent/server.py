@@ -65,12 +65,15 @@ class Agent:
         self._log = log
         self._reaper = Reaper()
         engine = Crun(self._reaper)
-        self._sandbox = Sandbox(engine, modules, FileWatch(), log, pipe_size=settings.container_pipe_size)
+        self._sandbox = Sandbox(
+            engine, modules, FileWatch(), self._reaper, log, pipe_size=settings.container_pipe_size
+        )
         self._quiet = QuietTime(self._later_work(modules), log)
         self._server = Server(status_for, self._quiet.around)
         service = AgentService(self._sandbox, settings, Uevents(), log)
         self._server.register(rpc.agent(), service.handlers())
         self._server.register(rpc.health(), service.health_handlers())
+        self._server.register(rpc.extensions(), service.extension_handlers())
 
     def _later_work(self, modules: Modules) -> list[Callable[[], None]]:
         drivers = (partial(modules.load_if_present, name) for name in LATER_MODULES)

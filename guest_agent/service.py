@@ -1,4 +1,4 @@
-"""The RPC methods of grpc.AgentService and grpc.Health: decode, call, encode. Decisions are made elsewhere.
+"""The RPC methods of the agent's services: decode, call, encode. Decisions are made elsewhere.
 
 What changes something runs in a task of its own: when the host goes away in the middle, ttrpc cancels the handler,
 and a half-made container would be left behind.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from google.protobuf.empty_pb2 import Empty
 
-from agent_proto.gen import agent_pb2, csi_pb2, health_pb2
+from agent_proto.gen import agent_pb2, csi_pb2, health_pb2, kata_py_agent_pb2, types_pb2
 from guest_agent import machine
 from guest_agent.errors import InvalidRequest, NotFound, NotSupported
+from guest_agent.namespaces import drop_missing_security, drop_v1_limits
+from guest_agent.sandbox import refuse_nul, refuse_unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 TTRPC_PROTOCOL_VERSION = "0.0.1"
 DEVICE_HANDLERS: tuple[str, ...] = ()
-EXTRA_FEATURES: tuple[str, ...] = ("kata-py",)
+EXTRA_FEATURES: tuple[str, ...] = ("kata-py", kata_py_agent_pb2.DESCRIPTOR.package)
 MAX_DIAGNOSTIC_BYTES = 64 * 1024
 
 
@@ -50,6 +53,11 @@ class AgentService:
             "SetGuestDateTime": self.set_guest_date_time,
             "ReseedRandomDev": self.reseed_random_dev,
             "OnlineCPUMem": self.online_cpu_mem,
+            "UpdateInterface": self.update_interface,
+            "UpdateRoutes": self.update_routes,
+            "ListInterfaces": self.list_interfaces,
+            "ListRoutes": self.list_routes,
+            "AddARPNeighbors": self.add_arp_neighbors,
             "CopyFile": self.copy_file,
             "UpdateEphemeralMounts": self.update_ephemeral_mounts,
             "GetMetrics": self.get_metrics,
@@ -76,6 +84,9 @@ class AgentService:
     def health_handlers(self) -> dict[str, Handler]:
         return {"Check": self.check, "Version": self.version}
 
+    def extension_handlers(self) -> dict[str, Handler]:
+        return {"ListProcesses": self.list_processes, "SignalContainer": self.signal_container}
+
     async def _finish(self, work: Coroutine[object, object, None]) -> Empty:
         """Do the work to its end, whether or not somebody still waits for the answer."""
         task = asyncio.get_running_loop().create_task(work)
@@ -97,6 +108,7 @@ class AgentService:
     # The sandbox and the machine
 
     async def create_sandbox(self, request: agent_pb2.CreateSandboxRequest, call: Call) -> Empty:
+        refuse_nul(request)
         self._sandbox.create(request)
         self._log.info("sandbox_created", sandbox=self._sandbox.id)
         return Empty()
@@ -137,6 +149,45 @@ class AgentService:
                 await self._uevents.until(lambda: machine.online_everything(memory) >= wanted)
         return Empty()
 
+    async def update_interface(
+        self, request: agent_pb2.UpdateInterfaceRequest, call: Call
+    ) -> types_pb2.Interface:
+        from guest_agent import network
+
+        refuse_nul(request)
+        self._sandbox.load_driver("virtio_net")
+        mac = request.interface.hwAddr.lower()
+        # The host may have plugged the device in a moment ago.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.hotplug_timeout_s):
+                await self._uevents.until(lambda: network.find(mac) is not None)
+        return network.update_interface(request.interface)
+
+    async def update_routes(self, request: agent_pb2.UpdateRoutesRequest, call: Call) -> agent_pb2.Routes:
+        from guest_agent import network
+
+        refuse_nul(request)
+        return network.update_routes(request.routes.Routes)
+
+    async def list_interfaces(
+        self, request: agent_pb2.ListInterfacesRequest, call: Call
+    ) -> agent_pb2.Interfaces:
+        from guest_agent import network
+
+        return network.interfaces()
+
+    async def list_routes(self, request: agent_pb2.ListRoutesRequest, call: Call) -> agent_pb2.Routes:
+        from guest_agent import network
+
+        return network.current_routes()
+
+    async def add_arp_neighbors(self, request: agent_pb2.AddARPNeighborsRequest, call: Call) -> Empty:
+        from guest_agent import network
+
+        refuse_nul(request)
+        network.add_neighbours(request.neighbors.ARPNeighbors)
+        return Empty()
+
     async def copy_file(self, request: agent_pb2.CopyFileRequest, call: Call) -> Empty:
         from guest_agent import files
 
@@ -146,6 +197,7 @@ class AgentService:
     async def update_ephemeral_mounts(
         self, request: agent_pb2.UpdateEphemeralMountsRequest, call: Call
     ) -> Empty:
+        refuse_nul(request)
         for storage in request.storages:
             self._sandbox.storages.remount(storage)
         return Empty()
@@ -160,6 +212,7 @@ class AgentService:
     ) -> csi_pb2.VolumeStatsResponse:
         from guest_agent import stats
 
+        refuse_nul(request)
         return stats.volume_stats(request.volume_guest_path)
 
     async def get_diagnostic_data(
@@ -175,11 +228,12 @@ class AgentService:
         return agent_pb2.GetDiagnosticDataResponse(data=data.decode(errors="replace"))
 
     async def get_oom_event(self, request: agent_pb2.GetOOMEventRequest, call: Call) -> agent_pb2.OOMEvent:
-        return agent_pb2.OOMEvent(container_id=await self._sandbox.next_oom())
+        return agent_pb2.OOMEvent(container_id=await self._sandbox.oom_reports.next())
 
     # Containers
 
     async def create_container(self, request: agent_pb2.CreateContainerRequest, call: Call) -> Empty:
+        refuse_nul(request)
         return await self._finish(self._sandbox.create_container(request))
 
     async def start_container(self, request: agent_pb2.StartContainerRequest, call: Call) -> Empty:
@@ -199,8 +253,10 @@ class AgentService:
     async def update_container(self, request: agent_pb2.UpdateContainerRequest, call: Call) -> Empty:
         from agent_proto.oci_json import to_json
 
+        refuse_nul(request)
         container = self._sandbox.container(request.container_id)
         resources = to_json(request.resources)
+        drop_v1_limits(resources)
 
         async def update() -> None:
             async with container.lock:
@@ -237,8 +293,11 @@ class AgentService:
 
         if not request.HasField("process") or not request.process.Args:
             raise InvalidRequest("exec needs a process with arguments")
+        refuse_nul(request)
+        refuse_unsupported(request, f"exec {request.exec_id}")
         container = self._sandbox.container(request.container_id)
         process = to_json(request.process)
+        drop_missing_security(process)
 
         async def execute() -> None:
             async with container.lock:
@@ -247,16 +306,15 @@ class AgentService:
         return await self._finish(execute())
 
     async def signal_process(self, request: agent_pb2.SignalProcessRequest, call: Call) -> Empty:
-        if not 1 <= request.signal <= 64:
-            raise InvalidRequest(f"{request.signal} is no signal")
+        _check_signal(request.signal)
         self._sandbox.container(request.container_id).signal(request.exec_id, request.signal)
         return Empty()
 
     async def wait_process(
         self, request: agent_pb2.WaitProcessRequest, call: Call
     ) -> agent_pb2.WaitProcessResponse:
-        process = self._sandbox.process(request.container_id, request.exec_id)
-        return agent_pb2.WaitProcessResponse(status=await process.wait())
+        status = await self._sandbox.wait(request.container_id, request.exec_id)
+        return agent_pb2.WaitProcessResponse(status=status)
 
     async def write_stdin(
         self, request: agent_pb2.WriteStreamRequest, call: Call
@@ -293,3 +351,23 @@ class AgentService:
         stdio = self._sandbox.process(request.container_id, request.exec_id).stdio
         stdio.resize(request.row, request.column)
         return Empty()
+
+    # Extensions
+
+    async def list_processes(
+        self, request: kata_py_agent_pb2.ListProcessesRequest, call: Call
+    ) -> kata_py_agent_pb2.ListProcessesResponse:
+        response = kata_py_agent_pb2.ListProcessesResponse()
+        for pid, exec_id in self._sandbox.container(request.container_id).processes():
+            response.processes.add(pid=pid, exec_id=exec_id)
+        return response
+
+    async def signal_container(self, request: kata_py_agent_pb2.SignalContainerRequest, call: Call) -> Empty:
+        _check_signal(request.signal)
+        self._sandbox.container(request.container_id).cgroup.signal(request.signal)
+        return Empty()
+
+
+def _check_signal(number: int) -> None:
+    if not 1 <= number <= 64:
+        raise InvalidRequest(f"{number} is no signal")

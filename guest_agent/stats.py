@@ -24,7 +24,7 @@ _IO_COUNTS = {"rios": "Read", "wios": "Write", "dios": "Discard"}
 
 
 def container_stats(cgroup: Cgroup) -> agent_pb2.StatsContainerResponse:
-    """Everything the protocol asks for about one container, and the guest's network."""
+    """Everything the protocol asks for about one container, and the pod's network, which is the guest's."""
     response = agent_pb2.StatsContainerResponse()
     stats = response.cgroup_stats
     _cpu(cgroup, stats.cpu_stats)
@@ -33,7 +33,7 @@ def container_stats(cgroup: Cgroup) -> agent_pb2.StatsContainerResponse:
     stats.pids_stats.limit = _number(cgroup.read("pids.max"), unlimited=0)
     _io(cgroup, stats.blkio_stats)
     _hugetlb(cgroup, stats)
-    response.network_stats.extend(network_stats())
+    response.network_stats.extend(interface for interface in network_stats() if interface.name != "lo")
     return response
 
 
@@ -62,21 +62,24 @@ def _memory(cgroup: Cgroup, into: agent_pb2.MemoryStats) -> None:
     into.kernel_usage.usage = values.get("kernel", 0)
     into.kernel_usage.limit = NO_LIMIT
     into.stats.update(values)
+    into.stats["hierarchical_memory_limit"] = into.usage.limit  # a counter of the older files only
+    # The protocol has no fields for them.
     into.stats.update({f"events.{name}": value for name, value in events.items()})
 
 
 def _io(cgroup: Cgroup, into: agent_pb2.BlkioStats) -> None:
     for line in cgroup.read("io.stat").splitlines():
-        device, *words = line.split()
-        major, _, minor = device.partition(":")
-        values = dict(word.partition("=")[::2] for word in words)
-        for names, entries in (
-            (_IO_BYTES, into.io_service_bytes_recursive),
-            (_IO_COUNTS, into.io_serviced_recursive),
-        ):
-            for key, operation in names.items():
-                if key in values:
-                    entries.add(major=int(major), minor=int(minor), op=operation, value=int(values[key]))
+        major = minor = 0
+        for word in line.split():
+            key, equals, value = word.partition("=")
+            if not equals:  # some kernels put a device without numbers in front, in the same line
+                major, minor = map(int, word.split(":"))
+            elif key in _IO_BYTES:
+                into.io_service_bytes_recursive.add(
+                    major=major, minor=minor, op=_IO_BYTES[key], value=int(value)
+                )
+            elif key in _IO_COUNTS:
+                into.io_serviced_recursive.add(major=major, minor=minor, op=_IO_COUNTS[key], value=int(value))
 
 
 def _hugetlb(cgroup: Cgroup, into: agent_pb2.CgroupStats) -> None:

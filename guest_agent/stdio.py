@@ -73,12 +73,22 @@ def _resolve(waiter: asyncio.Future[None]) -> None:
 class Output(_Stream):
     """What a process writes. Several readers take turns."""
 
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._begun = False
+
+    @property
+    def owed(self) -> bool:
+        """Whether somebody has begun to read, and has not come to the end."""
+        return self._begun and not self.closed
+
     async def read(self, size: int) -> bytes:
         """Wait for output and return up to `size` bytes of it, at most MAX_READ; empty at the end.
 
         The end is when every process that had the other side closed it, which may be long after the first of
         them exited, or when the stream is closed here.
         """
+        self._begun = True
         size = min(size or DEFAULT_READ, MAX_READ)
         async with self._turn:
             while self._fd >= 0:
@@ -163,6 +173,11 @@ class Stdio:
     def terminal(cls, fd: int) -> Stdio:
         """A terminal by its controlling side."""
         return cls(Input(os.dup(fd)), Output(os.dup(fd)), None, fd)
+
+    @property
+    def owed(self) -> bool:
+        """Whether the host is still to get some of the output."""
+        return any(stream is not None and stream.owed for stream in (self.stdout, self.stderr))
 
     def close_stdin(self) -> None:
         """The process reads the end of its input. On a terminal that is a character to type, so nothing happens."""

@@ -5,6 +5,7 @@ Several containers may name the same mount point; it is mounted once and unmount
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     Handler = Callable[["agent_pb2.Storage"], None]
 
+#: The name under which the sandbox itself uses storages; no container id may contain a slash.
+SANDBOX_USER = "/sandbox"
 #: types.FSGroupChangePolicy.OnRootMismatch
 _ON_ROOT_MISMATCH = 1
 _SETGID_GROUP_BITS = 0o2070
@@ -31,8 +34,10 @@ class Storages:
     def __init__(self, modules: Modules) -> None:
         self._modules = modules
         self._users: dict[str, set[str]] = {}
+        self._made: set[str] = set()
         self._handlers: dict[str, Handler] = {
             "virtio-fs": self._mount_as_is,
+            "9p": self._mount_9p,
             "overlayfs": self._mount_overlay,
             "ephemeral": self._mount_ephemeral,
             "local": self._make_local,
@@ -75,11 +80,26 @@ class Storages:
             fresh = user not in users
             users.add(user)
             return fresh
-        handler(storage)
-        if storage.HasField("fs_group"):
-            set_group(storage.mount_point, storage.fs_group.group_id, storage.fs_group.group_change_policy)
-        self._users[storage.mount_point] = {user}
+        self._mount(handler, storage)
+        self._users[storage.mount_point] = {user, SANDBOX_USER} if storage.shared else {user}
         return True
+
+    def _mount(self, handler: Handler, storage: agent_pb2.Storage) -> None:
+        if not os.path.lexists(storage.mount_point):
+            self._made.add(storage.mount_point)
+        try:
+            handler(storage)
+        except BaseException:
+            self._remove_made(storage.mount_point)
+            raise
+        try:
+            if storage.HasField("fs_group"):
+                set_group(
+                    storage.mount_point, storage.fs_group.group_id, storage.fs_group.group_change_policy
+                )
+        except BaseException:
+            self._unmount(storage.mount_point)
+            raise
 
     def release(self, user: str) -> None:
         """Unmount what only `user` used, last mounted first. Raises OSError after trying all."""
@@ -97,7 +117,21 @@ class Storages:
         users.discard(user)
         if not users:
             del self._users[mount_point]
-            unmount(mount_point)
+            self._unmount(mount_point)
+
+    def _unmount(self, mount_point: str) -> None:
+        unmount(mount_point)
+        self._remove_made(mount_point)
+
+    def _remove_made(self, mount_point: str) -> None:
+        """A mount point that was not there before goes, unless there is something in it."""
+        if mount_point in self._made:
+            self._made.remove(mount_point)
+            try:
+                _remove_empty(mount_point)
+            except OSError as err:
+                if err.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                    raise
 
     def remount(self, storage: agent_pb2.Storage) -> None:
         """Change the options of an ephemeral storage. Raises InvalidRequest for any other, OSError."""
@@ -114,6 +148,11 @@ class Storages:
         os.makedirs(storage.mount_point, exist_ok=True)
         mount(storage.source, storage.mount_point, storage.fstype, storage.options)
 
+    def _mount_9p(self, storage: agent_pb2.Storage) -> None:
+        # The transport, which its modules do not depend on.
+        self._modules.load_if_present("9pnet_virtio")
+        self._mount_as_is(storage)
+
     def _mount_overlay(self, storage: agent_pb2.Storage) -> None:
         for option in storage.options:
             name, _, path = option.partition("=")
@@ -124,7 +163,11 @@ class Storages:
     def _mount_ephemeral(self, storage: agent_pb2.Storage) -> None:
         os.makedirs(storage.mount_point, exist_ok=True)
         mount(storage.source, storage.mount_point, storage.fstype, _without_fsgid(storage.options))
-        _apply_fsgid(storage)
+        try:
+            _apply_fsgid(storage)
+        except BaseException:
+            unmount(storage.mount_point)
+            raise
 
     def _make_local(self, storage: agent_pb2.Storage) -> None:
         os.makedirs(storage.mount_point, exist_ok=True)
@@ -172,6 +215,14 @@ def _set_group(path: str, group_id: int) -> None:
         os.chmod(path, stat.S_IMODE(info.st_mode) | _SETGID_GROUP_BITS)
     elif stat.S_ISREG(info.st_mode):
         os.chmod(path, stat.S_IMODE(info.st_mode) | 0o060)
+
+
+def _remove_empty(path: str) -> None:
+    info = os.lstat(path)
+    if stat.S_ISDIR(info.st_mode):
+        os.rmdir(path)
+    elif info.st_size == 0:
+        os.unlink(path)
 
 
 def _apply_fsgid(storage: agent_pb2.Storage) -> None:

@@ -41,7 +41,8 @@ RB_POWER_OFF = 0x4321FEDC
 IN_MODIFY = 2
 _IN_NONBLOCK, _IN_CLOEXEC = 0o4000, 0o2000000
 
-PR_SET_CHILD_SUBREAPER = 36
+
+CLONE_NEWPID = 0x20000000
 
 _FUNCFLAG_CDECL = 1
 _FUNCFLAG_USE_ERRNO = 8
@@ -87,8 +88,9 @@ _init_module = _function("init_module", _Bytes, _Ulong, _Bytes)
 _inotify_init1 = _function("inotify_init1", _Int)
 _inotify_add_watch = _function("inotify_add_watch", _Int, _Bytes, _Int)
 _inotify_rm_watch = _function("inotify_rm_watch", _Int, _Int)
-_prctl = _function("prctl", _Int, _Ulong, _Ulong, _Ulong, _Ulong)
 _reboot = _function("reboot", _Ulong)
+_unshare = _function("unshare", _Int)
+_setns = _function("setns", _Int, _Int)
 
 
 def _check(result: int, what: str) -> None:
@@ -137,6 +139,11 @@ def inotify_rm_watch(fd: int, handle: int) -> None:
     _inotify_rm_watch(fd, handle)
 
 
-def become_subreaper() -> None:
-    """Make this process the parent of its orphaned descendants, as PID 1 is by nature. Raises OSError."""
-    _check(_prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+def unshare(flags: int) -> None:
+    """unshare(2). Python has it from 3.12 on. Raises OSError."""
+    _check(_unshare(flags), "unshare")
+
+
+def setns(fd: int, kind: int) -> None:
+    """setns(2). Raises OSError."""
+    _check(_setns(fd, kind), "setns")

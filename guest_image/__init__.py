@@ -1,6 +1,7 @@
 """The guest image: a kernel and an initrd with our agent, made from the distribution's packages without root.
 
     build(output, progress=print) -> Manifest       vmlinux, initrd.img and manifest.json in `output`
+    build(..., image="erofs", verity=True)          the same, and rootfs.img with image-initrd.img
 
 Raises ImageError, one line with what to do.
 """

@@ -14,12 +14,18 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="directory for vmlinux and initrd.img")
     parser.add_argument("--arch", default="amd64", help="Debian's name of the guest's architecture")
     parser.add_argument("--suite", help="Debian suite to take packages from, instead of this machine's")
+    parser.add_argument("--image", help="also make a root image: ext4 or erofs")
+    parser.add_argument(
+        "--verity", action="store_true", help="add the hashes for dm-verity to the root image"
+    )
     args = parser.parse_args()
     try:
         manifest = build(
             args.output,
             arch=args.arch,
             suite=args.suite,
+            image=args.image,
+            verity=args.verity,
             progress=lambda line: print(f"guest: {line}", flush=True),  # noqa: T201
         )
     except ImageError as err:

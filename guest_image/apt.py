@@ -66,11 +66,15 @@ class Apt:
         ]
         if self._suite is not None:
             options += [f"Dir::Etc::sourcelist={self._dir}/suite.list", "Dir::Etc::sourceparts=-"]
+            # Else a mirror that cannot be reached is a warning, and looks like one that has nothing. Of the machine's
+            # own sources one may fail that is of no interest here.
+            options.append("APT::Update::Error-Mode=any")
         return [word for option in options for word in ("-o", option)]
 
     def _mirror(self) -> str:
         wanted = "$(REPO_URI)|$(COMPONENT)|$(RELEASE)"
-        listed = run(["apt-get", "indextargets", "--format", wanted, "Created-By: Packages"]).decode()
+        # With the release information, or a filter for apt, only what has been downloaded before is listed.
+        listed = run(["apt-get", "indextargets", "--no-release-info", "--format", wanted]).decode()
         for line in listed.splitlines():
             uri, component, release = line.split("|")
             if component == "main" and uri.rstrip("/").endswith("/debian") and "-security" not in release:
@@ -89,8 +93,8 @@ class Apt:
             run(["apt-get", *self._options(), "-qq", "update"])
         except ToolFailed as err:
             if not any((self._dir / "lists").glob("*_Packages*")):
-                raise ImageError(f"no package lists: {err}") from err
-            progress(f"package lists are old, going on with them: {err}")
+                raise ImageError(f"no package lists: {err.said[0]}") from err
+            progress(f"package lists are old, going on with them: {err.said[0]}")
             return
         self._stamp.touch()
 

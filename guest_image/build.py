@@ -10,19 +10,19 @@ import importlib.metadata
 import os
 import stat
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import google.protobuf
 
-from guest_image import kernel
+from guest_image import kernel, root_image
 from guest_image.apt import Apt
 from guest_image.contents import DATA_DIR, Contents
 from guest_image.cpio import Tree
 from guest_image.errors import ImageError
 from guest_image.foreign import for_architecture
-from guest_image.manifest import FILE_NAME, Manifest
+from guest_image.manifest import FILE_NAME, IMAGE, IMAGE_INITRD, INITRD, VMLINUX, Manifest
 from guest_image.python_set import AGENT_PACKAGES, GuestPython, modules_of
 from guest_image.tools import host_arch
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from guest_image.apt import Package
+    from guest_image.file_systems import FileSystem
     from guest_image.tools import Root
 
-VMLINUX, INITRD = "vmlinux", "initrd.img"
 #: The directory that holds our packages: of the source tree, or of an installation.
 PACKAGES_DIR = Path(__file__).parent.parent
 KERNEL_PACKAGES = {
@@ -44,7 +44,12 @@ KERNEL_PACKAGES = {
 KERNEL_MODULES = (
     *("virtio_pci", "vmw_vsock_virtio_transport"),
     *("virtiofs", "overlay", "virtio_blk", "virtio_net"),
+    *("virtio_balloon", "virtio_rng"),
 )
+#: And what it loads where the host's byte order may be another one, which virtiofs does not bridge.
+BIG_ENDIAN_MODULES = ("9pnet_virtio", "9p")
+#: The same, of kernels that have them: before Linux 6.13 there is no virtio-mem on s390x.
+SOME_KERNELS_MODULES = ("virtio_mem",)
 
 
 @dataclass(frozen=True)
@@ -58,30 +63,54 @@ class _Sources:
 
 
 def build(
-    output: Path, *, arch: str = "amd64", progress: Callable[[str], None], suite: str | None = None
+    output: Path,
+    *,
+    arch: str = "amd64",
+    progress: Callable[[str], None],
+    suite: str | None = None,
+    image: FileSystem | None = None,
+    verity: bool = False,
 ) -> Manifest:
     """Make `vmlinux`, `initrd.img` and `manifest.json` in `output`, without root, from Debian packages.
 
-    `suite` chooses another Debian suite than the machine's. Downloads are kept in the user's cache directory.
-    When nothing changed since the last build into `output`, it is kept. Raises ImageError.
+    `image` adds the same guest as a root image with that file system, `rootfs.img`, and its `image-initrd.img`;
+    `verity` adds hashes to it. `suite` chooses another Debian suite than the machine's. Downloads are kept in the
+    user's cache directory. When nothing changed since the last build into `output`, it is kept. Raises ImageError.
     """
     if arch not in KERNEL_PACKAGES:
         raise ImageError(f"no guest image for architecture {arch!r}: known are {', '.join(KERNEL_PACKAGES)}")
+    root_image.check(image, arch, verity=verity)
     inputs = _inputs_digest(arch, suite)
-    known = _up_to_date(output, inputs)
+    known = _up_to_date(output, inputs, image, verity)
     if known is not None:
         progress(f"guest image in {output} is up to date")
         return known
     sources = _sources(arch, suite, progress)
-    image = _Image(sources, arch, progress)
+    guest = _Image(sources, arch, progress)
     progress("unpacking the kernel")
-    vmlinux = image.vmlinux()
+    vmlinux = guest.vmlinux()
     progress("collecting and compiling Python modules")
-    image.fill()
+    guest.fill()
     progress("writing the initrd")
-    initrd, manifest = image.finish(len(vmlinux), inputs)
+    initrd, manifest = guest.finish(len(vmlinux), inputs)
+    files = {VMLINUX: vmlinux, INITRD: initrd}
+    if image is not None:
+        tools, programs = _image_sources(arch, suite, progress)
+        progress("writing the root image")
+        made = guest.root_image(image, verity=verity, tools=tools, programs=programs)
+        files |= {IMAGE: made.disk, IMAGE_INITRD: made.initrd}
+        manifest = replace(
+            manifest,
+            rootfs_type=image,
+            image_bytes=len(made.disk),
+            image_initrd_bytes=len(made.initrd),
+            kernel_verity_params=made.verity,
+        )
     output.mkdir(parents=True, exist_ok=True)
-    for name, data in ((VMLINUX, vmlinux), (INITRD, initrd), (FILE_NAME, manifest.to_json().encode())):
+    root_image.check_room(output, sum(map(len, files.values())))
+    for name in {IMAGE, IMAGE_INITRD} - files.keys():
+        (output / name).unlink(missing_ok=True)  # of an earlier build, and another kernel's
+    for name, data in {**files, FILE_NAME: manifest.to_json().encode()}.items():
         _replace(output / name, data)
     return manifest
 
@@ -124,7 +153,12 @@ class _Image:
             modules = for_architecture(modules, guest, self._python.name, cache, self._progress)
         contents.python(modules, self._python.name)
         self._python_modules = len(modules.bytecode) + len(modules.extensions)
-        drivers = self._modules_dir.closure(KERNEL_MODULES)
+        wanted = (
+            *KERNEL_MODULES,
+            *(BIG_ENDIAN_MODULES if self._arch == "s390x" else ()),
+            *filter(self._modules_dir.has_file, SOME_KERNELS_MODULES),
+        )
+        drivers = self._modules_dir.closure(wanted)
         contents.kernel_modules(self._modules_dir.release, drivers, self._modules_dir.builtin)
         self._module_names = [module.name for module in drivers]
 
@@ -153,6 +187,20 @@ class _Image:
         initrd = contents.tree.to_cpio()
         return initrd, Manifest(**facts, initrd_bytes=len(initrd))  # type: ignore[arg-type]
 
+    def root_image(
+        self, kind: FileSystem, *, verity: bool, tools: Root, programs: Root
+    ) -> root_image.RootImage:
+        tree = self._contents.tree
+        return root_image.root_image(
+            kind,
+            tree,
+            verity=verity,
+            seed=bytes.fromhex(_tree_digest(tree)),
+            modules=self._modules_dir,
+            tools=tools,
+            programs=programs,
+        )
+
     def _packages_used(self) -> dict[str, str]:
         used = {*self._contents.packages, *self._sources.kernel.owners.values()}
         return {package.name: package.version for package in self._sources.packages if package.name in used}
@@ -172,13 +220,21 @@ def cache_dir() -> Path:
     return Path(base) / "kata-py" / "guest"
 
 
-def _sources(arch: str, suite: str | None, progress: Callable[[str], None]) -> _Sources:
-    def unpacked(kind: str, of_arch: str) -> Apt:
-        apt = Apt(cache_dir() / f"{suite or 'default'}-{of_arch}" / kind, arch=of_arch, suite=suite)
-        apt.refresh(progress)
-        return apt
+def _apt(kind: str, arch: str, suite: str | None, progress: Callable[[str], None]) -> Apt:
+    apt = Apt(cache_dir() / f"{suite or 'default'}-{arch}" / kind, arch=arch, suite=suite)
+    apt.refresh(progress)
+    return apt
 
-    apt = unpacked("guest", arch)
+
+def _image_sources(arch: str, suite: str | None, progress: Callable[[str], None]) -> tuple[Root, Root]:
+    """The unpacked programs that make a root image here, and those of the small initrd beside it."""
+    here, guest = _apt("tools", host_arch(), suite, progress), _apt("guest", arch, suite, progress)
+    tools = here.unpack("image-tools", here.closure(root_image.TOOLS), progress)
+    return tools, guest.unpack("image-programs", guest.closure(root_image.PROGRAMS), progress)
+
+
+def _sources(arch: str, suite: str | None, progress: Callable[[str], None]) -> _Sources:
+    apt = _apt("guest", arch, suite, progress)
     python = next((name for name in apt.depends("python3-minimal") if name.startswith("python3.")), None)
     image = next(
         (name for name in apt.depends(KERNEL_PACKAGES[arch]) if name.startswith("linux-image-")), None
@@ -192,7 +248,7 @@ def _sources(arch: str, suite: str | None, progress: Callable[[str], None]) -> _
     guest = apt.unpack("root", guest_packages, progress)
     tools = guest
     if arch != host_arch():
-        tools_apt = unpacked("tools", host_arch())
+        tools_apt = _apt("tools", host_arch(), suite, progress)
         tools = tools_apt.unpack("root", tools_apt.closure(tool_names), progress)
     kernel_root = apt.unpack("kernel", kernel_packages, progress)
     return _Sources(guest_packages + kernel_packages, guest, kernel_root, tools)
@@ -211,14 +267,15 @@ def _input_files() -> Iterator[Path]:
         yield from sorted((PACKAGES_DIR / package).rglob("*.py"))
 
 
-def _up_to_date(output: Path, inputs: str) -> Manifest | None:
+def _up_to_date(output: Path, inputs: str, image: FileSystem | None, verity: bool) -> Manifest | None:
     try:
         manifest = Manifest.read(output / FILE_NAME)
-        sizes = ((output / VMLINUX).stat().st_size, (output / INITRD).stat().st_size)
+        sizes = {name: (output / name).stat().st_size for name in manifest.sizes()}
     except (ImageError, FileNotFoundError):
         return None
-    same = manifest.inputs_sha256 == inputs and sizes == (manifest.vmlinux_bytes, manifest.initrd_bytes)
-    return manifest if same else None
+    same = manifest.inputs_sha256 == inputs and sizes == manifest.sizes()
+    same_image = (manifest.rootfs_type, bool(manifest.kernel_verity_params)) == (image or "", verity)
+    return manifest if same and same_image else None
 
 
 def _tree_digest(tree: Tree) -> str:

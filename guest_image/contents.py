@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from guest_image.elf import Elf
 from guest_image.errors import ImageError
-from guest_image.python_set import EARLY_MODULES
+from guest_image.python_set import AGENT_PACKAGES, EARLY_MODULES
 from guest_image.tools import LOADERS
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Contents:
         self.add("agent", "init", f"#!/usr/bin/{python_name} -IS\n{start}\n".encode(), 0o755)
         self.add("agent", "etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
         self.add("agent", "etc/group", b"root:x:0:\n")
+        self.add("agent", "etc/resolv.conf", b"")
 
     def program(self, part: str, source: Path, target: str) -> None:
         """A program with its loader and every library it needs."""
@@ -153,6 +154,6 @@ def _merged(path: str) -> str:
 
 def _part(module: str) -> str:
     top = module.partition(".")[0]
-    if top in ("guest_agent", "ttrpc", "agent_proto"):
+    if top in AGENT_PACKAGES:
         return "agent"
     return "protobuf" if top == "google" else "Python library"

@@ -12,4 +12,8 @@ class ImageError(Exception):
 
 
 class ToolFailed(ImageError):
-    """A program we ran exited with an error."""
+    """A program we ran exited with an error; `said` are the lines that it wrote to stderr."""
+
+    def __init__(self, message: str, said: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.said = said or (message,)

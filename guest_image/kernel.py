@@ -85,6 +85,10 @@ class ModuleDirectory:
         builtin = (directory / "modules.builtin").read_text().splitlines()
         self.builtin = frozenset(_plain_name(line.rsplit("/", 1)[-1]) for line in builtin)
 
+    def has_file(self, name: str) -> bool:
+        """Whether there is such a module, and not built in."""
+        return name in self._files
+
     def load(self, name: str) -> Module:
         """Read one module. Raises ImageError when the kernel neither has it as a file nor built in."""
         path = self._files.get(name)

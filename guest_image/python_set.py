@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from guest_image.tools import Root
 
 #: Every module of the first goes into the image, of the others what it imports.
-AGENT_PACKAGES = ("guest_agent", "ttrpc", "agent_proto")
+AGENT_PACKAGES = ("guest_agent", "ttrpc", "agent_proto", "netlink")
 _HERE = Path(__file__).parent
 INSIDE = _HERE / "inside"
 """Modules that exist in the guest only: the importer, and replacements for large modules of others."""

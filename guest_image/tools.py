@@ -55,7 +55,9 @@ def run(
         raise ToolFailed(f"{command[0]} is not installed, and the guest image is made with it") from err
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise ToolFailed(f"{shlex.join(command)} failed with status {done.returncode}: {said[-1]}")
+        raise ToolFailed(
+            f"{shlex.join(command)} failed with status {done.returncode}: {said[-1]}", tuple(said)
+        )
     return done.stdout
 
 

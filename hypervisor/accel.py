@@ -22,7 +22,7 @@ AccelSetting = Literal["auto", "kvm", "tcg"]
 VsockSetting = Literal["auto", "vhost", "user"]
 
 _KVM = "dev/kvm"
-_VHOST_VSOCK = "dev/vhost-vsock"
+VHOST_VSOCK = "dev/vhost-vsock"
 _X86 = frozenset({"x86_64", "i686"})
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def choose_accel(
     host = host or Host()
     if setting == "tcg":
         return Choice("tcg")
-    problem = _why_not_kvm(host, guest_arch or host.arch)
+    problem = why_not_kvm(host, guest_arch or host.arch)
     if problem is None:
         return Choice("kvm")
     if setting == "kvm":
@@ -63,7 +63,7 @@ def choose_vsock(setting: VsockSetting, *, host: Host | None = None) -> Choice[V
     """
     if setting == "user":
         return Choice("user")
-    problem = (host or Host()).why_not_openable(_VHOST_VSOCK)
+    problem = (host or Host()).why_not_openable(VHOST_VSOCK)
     if problem is None:
         return Choice("vhost")
     if setting == "vhost":
@@ -74,7 +74,8 @@ def choose_vsock(setting: VsockSetting, *, host: Host | None = None) -> Choice[V
     return Choice("user", f"/dev/vhost-vsock: {problem}; the vsock device runs in this process")
 
 
-def _why_not_kvm(host: Host, guest_arch: str) -> str | None:
+def why_not_kvm(host: Host, guest_arch: str) -> str | None:
+    """None when KVM can run such a guest, else the reason."""
     if guest_arch != host.arch:
         return f"a {guest_arch} guest on a {host.arch} host"
     if problem := host.why_not_openable(_KVM):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 LOG_BYTES = 1 << 20
+# The first line of a panic says most, and up to a hundred of registers and stacks follow it.
+TAIL_LINES = 200
 _READ_BYTES = 16384
 
 
@@ -32,7 +34,7 @@ class Console:
         self.log_path = log_path
         self._sock = sock
         self._log = _RotatingFile(log_path, log_bytes // 2)
-        self._tail = LineTail()
+        self._tail = LineTail(max_lines=TAIL_LINES)
         self.last_read_at = asyncio.get_running_loop().time()
         """Loop time of the last bytes; until there were any, of the beginning."""
         sock.setblocking(False)

@@ -5,6 +5,8 @@
     ├── InvalidSpec           a value that cannot be put on QEMU's command line
     ├── ProgramNotFound       QEMU or virtiofsd cannot be started
     ├── BootFailed            the machine did not come up, or went away while coming up
+    ├── HotplugRefused        the guest keeps a device that shall go
+    ├── DumpFailed            the memory of a guest that gave up was not saved
     └── QmpError              QEMU's monitor
         ├── QmpUnavailable    no handshake within the time allowed, or the connection is gone
         └── QmpRefused        QEMU answered a command with an error
@@ -14,6 +16,7 @@ Every message is one line: what failed, why, what to do. Details that need more 
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hypervisor.process import ProcessExit
+
+
+#: What the host is short of for the moment, whatever it was asked for.
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 
 
 class HypervisorError(Exception):
@@ -41,6 +48,7 @@ class ProgramNotFound(HypervisorError):
     def __init__(self, program: str | Path, why: str, remedy: str) -> None:
         super().__init__(f"cannot start {program}: {why}; {remedy}")
         self.program = str(program)
+        self.why = why
 
 
 class BootFailed(HypervisorError):
@@ -64,6 +72,14 @@ class BootFailed(HypervisorError):
         self.exit = exit
         self.stderr_tail = tuple(stderr_tail)
         self.console_tail = tuple(console_tail)
+
+
+class HotplugRefused(HypervisorError):
+    """A running machine did not take a device, or did not let go of it."""
+
+
+class DumpFailed(HypervisorError):
+    """The guest's memory could not be saved."""
 
 
 class QmpError(HypervisorError):

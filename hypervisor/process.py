@@ -9,6 +9,7 @@ What a helper can rely on, and what it cannot do:
 - It inherits the file descriptors named in `fds`, under their numbers, and no others. stdin is /dev/null.
 - stdout and stderr are one pipe, of which the last lines are kept (`hypervisor.tail`). The environment is
   minimal.
+- It may run as another user, who then is nothing but that: no capabilities, and no way to new ones.
 - It leads its own session, so a signal to our process group does not take it away under our feet, and
   its own children are reached by killing its group.
 - Leaving the block means it is gone and reaped, whatever happened meanwhile.
@@ -24,30 +25,41 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import structlog
 
-from hypervisor.errors import HostUnsupported, ProgramNotFound
+from hypervisor.errors import SHORTAGES, HostUnsupported, ProgramNotFound
+from hypervisor.netns import CLONE_NEWNET, open_netns
 from hypervisor.tail import LineTail
 from hypervisor.waiting import outlast
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
+    from typing import TypeAlias
+
+    from hypervisor.rootless import User
+
+    # What is done, what to do about its failure, and the deed, which raises OSError.
+    _Step: TypeAlias = tuple[str, str, Callable[[], None]]
 
 log = structlog.get_logger(__name__)
 
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 _READ_BYTES = 65536
 # <linux/prctl.h> and <linux/sched.h>
-_PR_SET_PDEATHSIG = 1
-_CLONE_NEWNET = 0x40000000
+_PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 1, 24, 28, 38
+_SECBIT_NO_SETUID_FIXUP = 1 << 2  # <linux/securebits.h>
+# What a program that is executed next gets as its SELinux label.
+_NEXT_LABEL = "/proc/thread-self/attr/exec"
 
 
 @dataclass(frozen=True)
@@ -71,19 +83,25 @@ class ProcessExit:
 
 
 class Process:
-    """A running helper program. `exited` is set once; it is never cancelled by those who wait for it."""
+    """A running helper program. `exited` is set once; it is never cancelled by those who wait for it.
 
-    def __init__(self, program: str, popen: subprocess.Popen[bytes], output_fd: int) -> None:
-        self.program = program
+    Both descriptors, the program's output and its pidfd, are closed here.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], popen: subprocess.Popen[bytes], output_fd: int, pidfd: int
+    ) -> None:
+        self.argv = argv
+        self.program = argv[0]
         self.pid = popen.pid
         self.exited: asyncio.Future[ProcessExit] = asyncio.get_running_loop().create_future()
         self._popen = popen
         self._tail = LineTail()
         self._output_fd: int | None = output_fd
-        self._pidfd = os.pidfd_open(popen.pid)
+        self._pidfd = pidfd
         loop = asyncio.get_running_loop()
         loop.add_reader(output_fd, self._read_output)
-        loop.add_reader(self._pidfd, self._on_exit)
+        loop.add_reader(pidfd, self._on_exit)
 
     def output_tail(self) -> list[str]:
         """The last lines of stdout and stderr, oldest first."""
@@ -142,43 +160,77 @@ class Process:
 
 @asynccontextmanager
 async def spawned(
-    argv: Sequence[str], *, fds: Sequence[int] = (), netns: Path | None = None, grace_s: float = 0
+    argv: Sequence[str],
+    *,
+    fds: Sequence[int] = (),
+    renumbered: Mapping[int, int] = MappingProxyType({}),
+    environment: Mapping[str, str] = MappingProxyType({}),
+    netns: Path | None = None,
+    keep_capabilities: bool = False,
+    user: User | None = None,
+    selinux_label: str = "",
+    grace_s: float = 0,
 ) -> AsyncIterator[Process]:
     """Run a program for the length of the block.
+
+    It gets the descriptors `fds` by their numbers here, and those of `renumbered` by the keys' numbers, which are
+    not 0 to 2; `environment` is added to a plain one. With `keep_capabilities` it has those of root also while it acts
+    as another user. With `user` it runs as that one from its beginning, with `selinux_label` under that label.
 
     Leaving the block sends SIGTERM, SIGKILL `grace_s` seconds later (at once when 0), and waits for the end.
     Being cancelled there cuts the grace short and is passed on after the program is gone.
 
-    Raises ProgramNotFound, or HostUnsupported when the network namespace cannot be entered.
+    Raises ProgramNotFound, or HostUnsupported when the network namespace cannot be entered, the user or the label
+    cannot be had.
     """
-    process = _start(argv, fds, netns)
+    steps: list[_Step] = []
+    if selinux_label:
+        steps.append(_labelled(argv[0], selinux_label))
+    if keep_capabilities:
+        steps.append(_keeping_capabilities(argv[0]))
+    if user is not None:
+        steps.append(_become(argv[0], user))
+    process = _start(argv, fds, renumbered, environment, netns, steps)
     try:
         yield process
     finally:
         await _end(process, grace_s)
 
 
-def _start(argv: Sequence[str], fds: Sequence[int], netns: Path | None) -> Process:
+def _start(
+    argv: Sequence[str],
+    fds: Sequence[int],
+    renumbered: Mapping[int, int],
+    environment: Mapping[str, str],
+    netns: Path | None,
+    steps: Sequence[_Step],
+) -> Process:
     output_read, output_write = os.pipe2(os.O_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, output_read)
+        os.set_blocking(output_read, False)
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, output_write)
-            netns_fd = None
             if netns is not None:
-                netns_fd = _open_netns(netns)
+                netns_fd = open_netns(netns)
                 stack.callback(os.close, netns_fd)
-            popen = _popen(argv, fds, output_write, _child_setup(os.getpid(), netns_fd), netns)
-        os.set_blocking(output_read, False)
-    except BaseException:
-        os.close(output_read)
-        raise
-    log.debug("program_started", pid=popen.pid, argv=list(argv))
-    try:
-        return Process(argv[0], popen, output_read)
-    except BaseException:  # nobody would watch it
-        popen.kill()
-        popen.wait()
-        raise
+                steps = [_entering(argv[0], netns, netns_fd), *steps]
+            renumbered = _out_of_the_way(renumbered, stack)
+            setup = _child_setup(os.getpid(), steps, renumbered)
+            try:
+                popen = _popen(argv, (*fds, *renumbered), output_write, setup, environment)
+            except subprocess.SubprocessError as err:  # in setup, which has written the reason
+                raise HostUnsupported(os.read(output_read, _READ_BYTES).decode()) from err
+        log.debug("program_started", pid=popen.pid, argv=list(argv))
+        undo.callback(_kill_unwatched, popen)
+        process = Process(argv, popen, output_read, os.pidfd_open(popen.pid))
+        undo.pop_all()
+    return process
+
+
+def _kill_unwatched(popen: subprocess.Popen[bytes]) -> None:
+    popen.kill()
+    popen.wait()
 
 
 def _popen(
@@ -186,7 +238,7 @@ def _popen(
     fds: Sequence[int],
     output_fd: int,
     child_setup: Callable[[], None],
-    netns: Path | None,
+    environment: Mapping[str, str],
 ) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
@@ -195,42 +247,104 @@ def _popen(
             stdout=output_fd,
             stderr=output_fd,
             pass_fds=tuple(fds),
-            env=_ENVIRONMENT,
+            env={**_ENVIRONMENT, **environment},
             cwd="/",
             start_new_session=True,
             preexec_fn=child_setup,  # one thread: see the module's docstring
         )
     except OSError as err:
+        if err.errno in SHORTAGES:
+            raise OSError(err.errno, f"cannot start {argv[0]}: {err.strerror}") from err
         remedy = "install it or correct its path in the configuration"
         raise ProgramNotFound(argv[0], err.strerror or str(err), remedy) from err
-    except subprocess.SubprocessError as err:  # all that is known of a failure in child_setup
-        raise HostUnsupported(
-            f"cannot enter network namespace {netns} for {argv[0]}; the caller needs CAP_SYS_ADMIN over it"
-        ) from err
 
 
-def _open_netns(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as err:
-        raise HostUnsupported(
-            f"cannot open network namespace {path}: {err.strerror}; does the sandbox exist?"
-        ) from err
+def _out_of_the_way(renumbered: Mapping[int, int], stack: contextlib.ExitStack) -> dict[int, int]:
+    """Copies of the descriptors, above all numbers that they shall have in the program; they go with `stack`.
+
+    Until then every one of those numbers is taken here, so that none of `subprocess`'s own pipes can get it.
+    """
+    if not renumbered:
+        return {}
+    top = max(renumbered) + 1
+    copies = {}
+    for number, fd in renumbered.items():
+        copies[number] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, top)
+        stack.callback(os.close, copies[number])
+    lowest_free = 0
+    while lowest_free < top:
+        lowest_free = os.dup(copies[number])
+        stack.callback(os.close, lowest_free)
+    return copies
 
 
-def _child_setup(parent: int, netns_fd: int | None) -> Callable[[], None]:
-    """What the child does between fork and exec. Everything it calls is looked up here, before the fork."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    prctl, setns = libc.prctl, libc.setns
+def _child_setup(parent: int, steps: Sequence[_Step], renumbered: Mapping[int, int]) -> Callable[[], None]:
+    """What the child does between fork and exec. Everything it calls is looked up here, before the fork.
+
+    A step that fails is written to the program's output, since all that `subprocess` passes on is that one did.
+    """
+    prctl = ctypes.CDLL(None).prctl
 
     def setup() -> None:
-        if netns_fd is not None and setns(netns_fd, _CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "setns")
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        for what, remedy, do in steps:
+            try:
+                do()
+            except OSError as err:
+                os.write(2, f"{what}: {err.strerror}; {remedy}".encode())
+                raise
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # becoming another user has cleared an earlier wish
         if os.getppid() != parent:
             os._exit(1)  # our parent died before the kernel knew of our wish
+        for number, fd in renumbered.items():
+            os.dup2(fd, number)
 
     return setup
+
+
+def _entering(program: str, netns: Path, fd: int) -> _Step:
+    setns = ctypes.CDLL(None, use_errno=True).setns
+
+    def enter() -> None:
+        if setns(fd, CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    what = f"cannot enter network namespace {netns} for {program}"
+    return what, "the caller needs CAP_SYS_ADMIN over it", enter
+
+
+def _labelled(program: str, label: str) -> _Step:
+    def wish() -> None:
+        fd = os.open(_NEXT_LABEL, os.O_WRONLY | os.O_CLOEXEC)
+        os.write(fd, label.encode())
+        os.close(fd)
+
+    what = f"cannot run {program} with SELinux label {label}"
+    return what, "the host's policy has to have it; correct selinux_label or set disable_selinux", wish
+
+
+def _keeping_capabilities(program: str) -> _Step:
+    prctl = ctypes.CDLL(None).prctl
+
+    def keep() -> None:
+        prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP)
+
+    return f"cannot keep capabilities for {program}", "the caller needs CAP_SETPCAP", keep
+
+
+def _become(program: str, user: User) -> _Step:
+    prctl = ctypes.CDLL(None).prctl
+
+    def become() -> None:
+        capability = 0
+        while prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
+            capability += 1
+        os.setgroups(user.groups)
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+        prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+    what = f"cannot run {program} as user {user.uid}"
+    return what, "the shim has to be root of the host, or that user be one of its user namespace", become
 
 
 async def _end(process: Process, grace_s: float) -> None:

@@ -31,9 +31,9 @@ def unix_listener(path: Path) -> socket.socket:
             sock.bind(short)
         path.chmod(0o600)
         sock.listen(_BACKLOG)
-    except BaseException:
+    except OSError as err:
         sock.close()
-        raise
+        raise OSError(err.errno, f"cannot listen: {err.strerror}", str(path)) from err
     return sock
 
 

@@ -9,10 +9,11 @@ Choices of shape:
 - Empty text means "the default of the architecture" (`machine_type`, `cpu_model`), so a configuration file
   can be handed through as it is.
 - Sizes are integers in MiB, times are seconds; both are in the name.
-- Guest memory is always a shared memfd: vhost-user devices (virtiofs, our vsock device) map it. No field for
-  it.
-- Either `initrd` or `image` holds the guest's root file system. An image is attached as a read-only virtio
-  disk and its first partition is mounted by the kernel.
+- Guest memory is shared: vhost-user devices (virtiofs, our vsock device) map it. A guest with `protection` shares
+  none, and has none of these devices.
+- Either `initrd` or `image` holds the guest's root file system. An image is attached read-only, as a virtio
+  disk or as persistent memory, and its first partition is mounted by the kernel, or by `image_initrd` when the
+  kernel has the drivers for that as modules.
 """
 
 from __future__ import annotations
@@ -23,10 +24,18 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hypervisor.extension import Extension
+    from hypervisor.protection import Protection
+    from hypervisor.rootless import User
+    from hypervisor.verity import Verity
+
 Accel = Literal["kvm", "tcg"]
 VsockKind = Literal["user", "vhost"]
 VirtioFsCache = Literal["never", "auto", "always", "metadata"]
 RootfsType = Literal["ext4", "xfs", "erofs"]
+RootfsDriver = Literal["virtio-blk", "nvdimm"]
+ExtraMonitor = Literal["hmp", "qmp", "qmp-pretty"]
+BlockAio = Literal["io_uring", "native", "threads"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +51,33 @@ class Share:
     """A power of two, at most 1024: the limit of QEMU's vhost-user-fs device."""
     extra_args: tuple[str, ...] = ()
     """Kata's `virtio_fs_extra_args`, in the spelling of either daemon."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A host directory that QEMU itself serves, and the guest mounts by `tag` as 9p.
+
+    For guests whose byte order is not the host's: virtiofs speaks its guest's, and virtiofsd knows only its own. 9p has
+    one order for everybody.
+    """
+
+    tag: str
+    directory: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nic:
+    """A network interface of the guest, joined to a tap that is made for it in the machine's network namespace."""
+
+    id: str
+    """QEMU's name of the device."""
+    mac: str
+    tap: str
+    """The tap's name, at most 15 bytes."""
+    queues: int = 1
+    """Queue pairs: how many processors can send and receive at once."""
+    vhost: bool = True
+    """Let the host's kernel carry the packets where it can (`/dev/vhost-net`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +105,29 @@ class VmSpec:
     kernel: Path
     initrd: Path | None = None
     image: Path | None = None
+    image_initrd: Path | None = None
     rootfs_type: RootfsType = "ext4"
     """File system on the first partition of `image`; unused with `initrd`."""
+    rootfs_driver: RootfsDriver = "virtio-blk"
+    image_bytes: int = 0
+    """Size of `image`; needed only for an nvdimm."""
+    verity: Verity | None = None
+    """What the kernel checks the first partition of `image` with; the second has the hashes."""
     firmware: Path | None = None
+    pflash: tuple[Path, ...] = ()
+    """Firmware as flash memory: its code, which is read-only, then its variables, whose changes are lost."""
     kernel_params: str = ""
     """Words for the kernel, space separated; they replace our words of the same key (see
     `qemu/kernel_words.py`).
     """
 
+    protection: Protection | None = None
+    """What hides the guest's memory from the host; None for an ordinary guest."""
+    initdata: Path | None = None
+    """A disk image with the guest's initial data, attached read-only."""
+
     arch: str = "x86_64"
-    """The guest's architecture as `uname -m` says it; a key of `hypervisor.arch.ARCHES`."""
+    """The guest's architecture as `uname -m` says it; see `hypervisor.arch`."""
     accel: Accel = "tcg"
     machine_type: str = ""
     machine_accelerators: str = ""
@@ -105,8 +154,11 @@ class VmSpec:
     """Limit for hotplug; slots and limit are written only when both allow more than `memory_mib`."""
     memory_prealloc: bool = False
     hugepages: bool = False
+    memory_dir: Path | None = None
+    """Directory for a file that is the guest's memory; QEMU makes it without a name."""
 
     shares: tuple[Share, ...] = ()
+    exports: tuple[Export, ...] = ()
     vsock: VsockKind | None = "user"
     """None leaves the device out: the machine then cannot be talked to (tests only)."""
     log_vport: int | None = None
@@ -115,8 +167,51 @@ class VmSpec:
     """vsock port of the host that our agent calls when it is ready; a stock agent ignores the word."""
     netns: Path | None = None
     """Network namespace QEMU runs in."""
+    user: User | None = None
+    """Whom QEMU runs as; None is our own user."""
+    selinux_label: str = ""
+    """What QEMU runs under; empty is what the host's policy gives it."""
+    nics: tuple[Nic, ...] = ()
+    nic_ports: int = 0
+    """Free ports for network interfaces that are plugged in later; s390x needs none, and has as many as here."""
+    iommu: bool = False
+    iommu_platform: bool = False
+    """Virtio devices on channels (s390x) go through the platform's IOMMU, as protected guests need it."""
+    nested_virtualization: bool = True
+    """Let the guest see what it would need to run virtual machines itself, where the processor model has it."""
+    iothread: bool = False
+    """Let the root disk, and the SCSI controller, have a thread of their own."""
+    disk_aio: BlockAio | None = None
+    """How QEMU reads the images of virtio disks; None, here and in the next four, is QEMU's own way."""
+    disk_cache_direct: bool | None = None
+    """Go past the host's page cache, as "native" needs it."""
+    disk_cache_no_flush: bool | None = None
+    disk_queue_size: int | None = None
+    """A power of two, 4 to 1024."""
+    disk_queues: int | None = None
+    extensions: tuple[Extension, ...] = ()
+    scsi: bool = False
+    """A SCSI controller for disks added later."""
+    spare_iothreads: int = 0
+    """Threads for disks added later."""
+    virtio_mem: bool = False
+    """A device that memory can be added through later, as much as `max_memory_mib` allows."""
+    balloon: bool = False
+    """Take memory back from the guest that it has freed."""
+    entropy_source: Path | None = None
+    """A file of the host that feeds a random number device; None leaves the guest to its processor."""
+    pcie_root_ports: int = 0
+    """Spare ports for devices added later."""
+    pcie_switch_ports: int = 0
+    """Spare ports of one switch; not together with `pcie_root_ports`."""
+    extra_monitor: ExtraMonitor | None = None
+    """A second monitor for people, on `extra-monitor.sock` in the run directory."""
     seccomp_sandbox: str = ""
     """Value of QEMU's `-sandbox`; empty leaves it out."""
+    dump_dir: Path | None = None
+    """Where memory goes when the guest's kernel gives up. The directory is made when that happens."""
+    dump_paging: bool = False
+    """Whether such a dump has the guest's virtual addresses beside the physical ones."""
     debug: bool = False
     """Let the guest kernel talk on the console."""
     qmp: QmpTimeouts = field(default_factory=QmpTimeouts)

@@ -53,7 +53,10 @@ async def shared_dir(share: Share, listener: socket.socket) -> AsyncIterator[Pro
     async with AsyncExitStack() as stack:
         with listener:
             argv = daemon_argv(await flavour_of(share.daemon), share, listener.fileno())
-            process = await stack.enter_async_context(spawned(argv, fds=[listener.fileno()]))
+            # What a user of the guest may do, the guest's kernel has checked, and only it knows all groups of the user:
+            # the daemon makes a file as that user, but without the user's supplementary groups.
+            daemon = spawned(argv, fds=[listener.fileno()], keep_capabilities=True)
+            process = await stack.enter_async_context(daemon)
         yield process
 
 

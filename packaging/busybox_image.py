@@ -16,8 +16,11 @@ import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-NAME = "kata-py.local/busybox:latest"
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 BUSYBOX = Path("/bin/busybox")
 PASSWD = """\
 root:x:0:0:root:/root:/bin/sh
@@ -32,6 +35,23 @@ nogroup:x:65534:
 """
 # GOARCH names, which OCI uses, of what the kernel calls its machines.
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "s390x": "s390x"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """What one image is called and what it runs; the files are the same in all."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+NAME = "kata-py.local/busybox:latest"
+SHELL = Image(name=NAME, command=("/bin/sh",))
+# What Kubernetes' interface keeps a pod alive with: it collects orphans, and ends when it is told to.
+PAUSE = Image(
+    name="kata-py.local/pause:latest",
+    command=("/bin/sh", "-c", "trap 'exit 0' INT TERM; while :; do sleep 2147483647 & wait; done"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,7 @@ def applets(busybox: Path) -> list[str]:
     return sorted(set(listed) - {"busybox"})
 
 
-def root_layer(busybox: Path, names: list[str]) -> bytes:
+def root_layer(busybox: Path, names: Sequence[str]) -> bytes:
     """The whole root file system: busybox, a link for each applet, users, and the usual folders."""
     layer = Layer()
     for folder in (
@@ -135,14 +155,14 @@ def descriptor(media_type: str, blob: bytes) -> dict[str, object]:
     }
 
 
-def image_layout(layer: bytes, *, architecture: str, name: str = NAME) -> dict[str, bytes]:
+def image_layout(layer: bytes, *, architecture: str, image: Image = SHELL) -> dict[str, bytes]:
     """All files of the OCI layout (image-spec 1.0) by path, for one image with one uncompressed layer."""
     layer_descriptor = descriptor("layer.v1.tar", layer)
     config = as_json(
         {
             "architecture": architecture,
             "os": "linux",
-            "config": {"Env": ["PATH=/bin:/usr/bin"], "Cmd": ["/bin/sh"], "WorkingDir": "/"},
+            "config": {"Env": ["PATH=/bin:/usr/bin"], "Cmd": image.command, "WorkingDir": "/"},
             # The layer is not compressed, so its digest is that of its content.
             "rootfs": {"type": "layers", "diff_ids": [layer_descriptor["digest"]]},
             "history": [{"created_by": "kata-py busybox_image"}],
@@ -160,8 +180,8 @@ def image_layout(layer: bytes, *, architecture: str, name: str = NAME) -> dict[s
     entry["platform"] = {"architecture": architecture, "os": "linux"}
     entry["annotations"] = {
         # The first is containerd's full name, the second what other tools call the image in this archive.
-        "io.containerd.image.name": name,
-        "org.opencontainers.image.ref.name": name.rpartition(":")[2],
+        "io.containerd.image.name": image.name,
+        "org.opencontainers.image.ref.name": image.name.rpartition(":")[2],
     }
     files = {"oci-layout": as_json({"imageLayoutVersion": "1.0.0"})}
     for blob in (layer, config, manifest):
@@ -170,10 +190,21 @@ def image_layout(layer: bytes, *, architecture: str, name: str = NAME) -> dict[s
     return files
 
 
-def build(output: Path, *, busybox: Path = BUSYBOX, name: str = NAME) -> None:
-    """Writes the archive in one step. Raises OSError when busybox is missing."""
-    architecture = ARCHITECTURES.get(platform.machine(), platform.machine())
-    files = image_layout(root_layer(busybox, applets(busybox)), architecture=architecture, name=name)
+def build(
+    output: Path,
+    *,
+    busybox: Path = BUSYBOX,
+    image: Image = SHELL,
+    architecture: str = "",
+    names: Sequence[str] | None = None,
+) -> None:
+    """Writes the archive in one step. Raises OSError when busybox is missing.
+
+    With an `architecture` busybox may be one that this machine cannot run: the applets' `names` are then given, too.
+    """
+    architecture = architecture or ARCHITECTURES.get(platform.machine(), platform.machine())
+    layer = root_layer(busybox, applets(busybox) if names is None else names)
+    files = image_layout(layer, architecture=architecture, image=image)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.new")
     with tarfile.open(unfinished, "w") as archive:

@@ -43,6 +43,26 @@ the byte order of the names; later files win. Symbolic links in that folder are 
 itself is a link, the folder is looked for where the link leads. Tables are merged key by key; a list, as
 any other value, replaces the whole old one.
 
+## What pods may change
+
+Annotations of a pod that begin with `io.katacontainers.config.` are laid over the files, and judged as keys in a file
+are. containerd hands them on when the runtime's `pod_annotations` names them (`["io.katacontainers.*"]`).
+
+| annotation | sets |
+|---|---|
+| `io.katacontainers.config.hypervisor.KEY` | a key of `[hypervisor.qemu]`, if `enable_annotations` lists it there |
+| `io.katacontainers.config.runtime.KEY` | a key of `[runtime]`; `create_container_timeout` of `[agent.kata]` |
+| `io.katacontainers.config.agent.KEY` | a key of `[agent.kata]`; `policy` is base64 |
+
+Each regular expression of `enable_annotations` has to match a whole name. (Kata looks for a match anywhere in the
+name, where `path` allows `jailer_path` too.) Programs, directories and devices must also be found by the matching
+`valid_*` key, whose shell patterns are expanded on the host. `kernel_params` replaces the words of the same name and
+adds the others; `virtio_fs_extra_args`, `kernel_modules` (separated by `;`) and `experimental` add to the list;
+`default_memory` may have a unit, as in `2Gi`. An annotation that is unknown, or that the pod may not use, keeps the
+pod from starting, with one line for each:
+
+    annotation io.katacontainers.config.hypervisor.path: pods may not set it (add "path" to enable_annotations ...)
+
 ## Mistakes
 
 All mistakes of all files are reported at once, one per line, with the file that set the key:
@@ -65,9 +85,12 @@ The column *effect* says what a key does in this version:
 | refused | a value other than the default is an error, because it would be unsafe to go on without |
 | warns | accepted; a value other than the default has no effect, which a warning says |
 | none | accepted, and changes nothing that could be noticed |
+
+Whatever is not used has its reason in the last column.
 """
 
 EFFECT_WORDS = {"now": "yes", "refused": "refused", "warned": "warns", "ignored": "none"}
+WHY_WORDS = {"refused": "Refused", "warned": "No effect", "ignored": "Not used"}
 
 
 def main() -> int:
@@ -116,8 +139,8 @@ def row(field: FieldInfo, said: KeyInfo) -> str:
     default = "required" if field.required else toml(field.default)
     kind = wanted(field.type) + (f", {said.unit}" if said.unit else "")
     meaning = said.description
-    if said.effect == "refused":
-        meaning += f" Refused: {said.why}."
+    if said.why:
+        meaning += f" {WHY_WORDS[said.effect]}: {said.why}."
     cells = (f"`{field.name}`", kind, default, EFFECT_WORDS[said.effect], meaning)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

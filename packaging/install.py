@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 ROOT = python_env.ROOT
 CONFIGURATION = ROOT / "config" / "defaults" / "configuration-qemu.toml"
+# Of confidential guests: to be copied from where they are delivered.
+MORE_CONFIGURATIONS = sorted(CONFIGURATION.parent.glob("configuration-qemu-*.toml"))
 GUEST = ROOT / "build" / "guest"
 GUEST_FILES = ("vmlinux", "initrd.img", "manifest.json")
 RECORD = "installed.json"
@@ -109,24 +111,31 @@ class Installation:
         self.record.files.append(str(path))
 
     def library(self, add_dependencies: Callable[[Path], None]) -> None:
-        """Puts together the private library beside its place and then exchanges it as a whole."""
+        """Puts together the private library beside its place and then exchanges it as a whole.
+
+        A container that starts at this moment finds the old one or the new one, never a part of either.
+        """
         lib = self._places.lib
         self.folder(lib.parent)
         staged = self._places.staged(lib)
-        fresh = staged.with_name("kata-py.new")
-        shutil.rmtree(fresh, ignore_errors=True)
+        fresh, old = staged.with_name("kata-py.new"), staged.with_name("kata-py.old")
+        for left in (fresh, old):
+            shutil.rmtree(left, ignore_errors=True)
         fresh.mkdir()
         add_dependencies(fresh)
         for name in python_env.PACKAGES:
             shutil.copytree(ROOT / name, fresh / name, ignore=shutil.ignore_patterns("__pycache__"))
         write_metadata(fresh)
+        (fresh / "REVISION").write_text(revision(ROOT))  # for the shim's -info
         subprocess.run(
             # The byte code names the place that the files will have, which is what tracebacks show.
             [sys.executable, "-m", "compileall", "-q", "-s", fresh, "-p", lib, fresh],
             check=True,
         )
-        shutil.rmtree(staged, ignore_errors=True)
+        if staged.exists():
+            staged.rename(old)
         fresh.rename(staged)
+        shutil.rmtree(old, ignore_errors=True)
 
     def programs(self) -> None:
         """The launchers, for this version of Python: the dependencies contain code for no other."""
@@ -139,6 +148,8 @@ class Installation:
     def configuration(self) -> str:
         """Installs both copies; returns a line for the user when the edited one was left as it is."""
         self.file(CONFIGURATION, self._places.defaults)
+        for source in MORE_CONFIGURATIONS:
+            self.file(source, self._places.defaults.with_name(source.name))
         self.record.configuration_sha256 = digest(CONFIGURATION)
         etc = self._places.staged(self._places.etc)
         known = self._before.configuration_sha256 if self._before else ""
@@ -166,6 +177,15 @@ def write_metadata(library: Path) -> None:
     folder = library / f"kata_py-{version}.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kata-py\nVersion: {version}\n")
+
+
+def revision(checkout: Path) -> str:
+    """The commit of a checkout, with "-dirty" when files differ from it; empty when there is no git to ask."""
+    argv = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def install_dependencies(library: Path) -> None:

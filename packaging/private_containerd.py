@@ -25,25 +25,21 @@ from socket import AF_UNIX, SOCK_CLOEXEC, SOCK_DGRAM
 from socket import socket as Socket
 from typing import TYPE_CHECKING
 
+import cri_config
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 # sun_path of a Unix socket holds 108 bytes with its final zero (unix(7)); containerd appends ".ttrpc" to the
 # address.
 SOCKET_PATH_LIMIT = 107 - len(".ttrpc")
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
-# What the images and tasks of `ctr` need stays on. The rest either wants the host's folders (opt, nri, cri),
-# or devices and file systems that it would only complain about. Names that a version does not know are
-# ignored.
+# What the images and tasks of `ctr` need stays on. The rest either wants the host's folders (opt, nri), or
+# devices and file systems that it would only complain about. Names that a version does not know are ignored.
 DISABLED_PLUGINS = (
-    "io.containerd.grpc.v1.cri",
-    "io.containerd.cri.v1.images",
-    "io.containerd.cri.v1.runtime",
-    "io.containerd.podsandbox.controller.v1.podsandbox",
     "io.containerd.nri.v1.nri",
     "io.containerd.internal.v1.opt",
-    "io.containerd.internal.v1.cri",
     "io.containerd.internal.v1.tracing",
     "io.containerd.tracing.processor.v1.otlp",
     "io.containerd.snapshotter.v1.aufs",
@@ -110,7 +106,7 @@ class PrivateContainerd:
 
     `programs` is the folder with the containerd and ctr to use (default: the ones in PATH), `search_path`
     are folders put before PATH, where containerd finds shims, and `environment` is added to what its shims
-    inherit.
+    inherit. With `cri` it speaks Kubernetes' interface on its socket as well.
     """
 
     folder: Path
@@ -118,6 +114,7 @@ class PrivateContainerd:
     search_path: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     log_level: str = "info"
+    cri: cri_config.CriConfig | None = None
 
     @property
     def socket(self) -> Path:
@@ -234,19 +231,32 @@ class PrivateContainerd:
         )
 
     def _config(self) -> str:
-        # Version 2 is read by 1.6 and 1.7 as it is, and migrated in memory by 2.x. A JSON string or list of
-        # strings is also a TOML one.
+        # Version 2 is read by 1.6 and 1.7 as it is, and migrated in memory by 2.x, whose own is 3. A JSON string
+        # or list of strings is also a TOML one.
+        version = 3 if self.cri is not None and self.generation() >= 2 else 2
+        disabled = (*DISABLED_PLUGINS, *(() if self.cri else cri_config.PLUGINS))
         return "\n".join(
             [
-                "version = 2",
+                f"version = {version}",
                 f"root = {json.dumps(str(self.folder / 'root'))}",
                 f"state = {json.dumps(str(self.folder / 'state'))}",
-                f"disabled_plugins = {json.dumps(DISABLED_PLUGINS)}",
+                f"disabled_plugins = {json.dumps(disabled)}",
                 "[grpc]",
                 f"  address = {json.dumps(str(self.socket))}",
+                self.cri.render(version) if self.cri else "",
                 "",
             ]
         )
+
+    def generation(self) -> int:
+        """The first number of containerd's version. Raises ContainerdError when it does not tell."""
+        argv = [self.program("containerd"), "--version"]
+        answer = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
+        # "containerd github.com/containerd/containerd[/v2] 1.6.20~ds1 1.6.20~ds1-1+deb12u3"
+        words = answer.split()
+        if len(words) < 3 or not words[2].lstrip("v").partition(".")[0].isdigit():
+            raise ContainerdError(f"cannot tell the version of {argv[0]} from {answer!r}")
+        return int(words[2].lstrip("v").partition(".")[0])
 
     def ctr_argv(self, *arguments: str, namespace: str = "default") -> list[str]:
         """The command line of a `ctr` call to this containerd, ready for subprocess or for pasting."""
@@ -292,15 +302,17 @@ class PrivateContainerd:
         """Loads an OCI archive and unpacks it for `ctr run`."""
         self.checked_ctr("images", "import", "--snapshotter", snapshotter, str(archive), namespace=namespace)
 
-    def end_tasks(self, *, timeout_s: float = 20.0) -> None:
-        """Kills and deletes what still runs here, so that nothing outlives containerd."""
+    def end_tasks(self, *, keep: Collection[str] = (), timeout_s: float = 20.0) -> None:
+        """Kills and deletes what still runs here, so that nothing outlives containerd; not the ids to `keep`."""
         for namespace in self.checked_ctr("namespaces", "ls", "--quiet").split():
-            for task in self.checked_ctr("tasks", "ls", "--quiet", namespace=namespace).split():
+            tasks = self.checked_ctr("tasks", "ls", "--quiet", namespace=namespace).split()
+            for task in (name for name in tasks if name not in keep):
                 # ctr stops waiting only when the runtime answers; a shim that does not is ended with
                 # `end_shims`.
                 with suppress(subprocess.TimeoutExpired):
                     self.ctr("tasks", "rm", "--force", task, namespace=namespace, timeout_s=timeout_s)
-            for container in self.checked_ctr("containers", "ls", "--quiet", namespace=namespace).split():
+            containers = self.checked_ctr("containers", "ls", "--quiet", namespace=namespace).split()
+            for container in (name for name in containers if name not in keep):
                 with suppress(subprocess.TimeoutExpired):
                     self.ctr("containers", "rm", container, namespace=namespace, timeout_s=timeout_s)
 

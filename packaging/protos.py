@@ -50,6 +50,7 @@ TREES = (
     Tree(protos="agent_proto/protos", gen="agent_proto/gen", stubs="mypy"),
     Tree(protos="shim/api/protos", gen="shim/api/gen", stubs="mypy"),
     Tree(protos="ttrpc/proto", gen="ttrpc/proto", stubs="mypy"),
+    Tree(protos="tests/integration/cri/protos", gen="tests/integration/cri/gen", stubs="mypy"),
 )
 
 

@@ -25,7 +25,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("ttrpc", "config", "agent_proto", "hypervisor", "shim", "guest_agent", "guest_image", "cli")
+PACKAGES = (
+    "netlink",
+    "ttrpc",
+    "config",
+    "agent_proto",
+    "hypervisor",
+    "shim",
+    "guest_agent",
+    "guest_image",
+    "cli",
+)
 
 
 def project_table(pyproject: Path = ROOT / "pyproject.toml") -> dict[str, Any]:

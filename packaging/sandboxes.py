@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from private_containerd import PrivateContainerd
 
 STATE = Path("/run/kata-py")
@@ -30,9 +32,11 @@ def left(server: PrivateContainerd, *, state: Path = STATE) -> list[str]:
     return found
 
 
-def clean_up(server: PrivateContainerd, shim: Path, *, state: Path = STATE) -> list[str]:
-    """Has the shim remove what is left; returns the ids. Call it when containerd does not run any more."""
-    found = left(server, state=state)
+def clean_up(
+    server: PrivateContainerd, shim: Path, *, keep: Collection[str] = (), state: Path = STATE
+) -> list[str]:
+    """Has the shim remove what is left, except for the ids to `keep`; returns the ids. Their shims have ended."""
+    found = [sandbox for sandbox in left(server, state=state) if sandbox not in keep]
     for sandbox in found:
         subprocess.run(
             [shim, "-namespace", "default", "-id", sandbox, "-bundle", server.folder, "delete"],

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the Debian packages that building, running and testing need, and nothing when all are there.
-# This is the only list of them. Usage: setup.sh [--list] [bench]. With --list it prints the list and changes nothing;
-# "bench" adds what measuring needs. Tests point KATA_PY_OS_RELEASE and KATA_PY_POLICY at files of their own.
+# This is the only list of them. Usage: setup.sh [--list] [foreign] [bench]. With --list it prints the list and changes
+# nothing; "foreign" adds the emulators of other architectures, "bench" what measuring needs. Tests point KATA_PY_OS_RELEASE and KATA_PY_POLICY at files of their own.
 set -eu
 
 packages() {
@@ -11,9 +11,16 @@ packages() {
     echo python3 python3-venv ca-certificates
     # What is in the image that demo and tests run.
     echo busybox-static
+    # The pods of the tests have networks of their own.
+    echo containernetworking-plugins iproute2
     # Debian 12 ships virtiofsd inside its QEMU packages, later releases as a package of its own.
     if [ "$release" != 12 ]; then
         echo virtiofsd
+    fi
+    if [ "$foreign" = yes ]; then
+        echo qemu-system-arm
+        # In Debian 12 it is one of several that have a package together.
+        if [ "$release" = 12 ]; then echo qemu-system-misc; else echo qemu-system-s390x; fi
     fi
     # The smallest possible guest program, which measurements are compared with, is written in C.
     if [ "$bench" = yes ]; then
@@ -22,12 +29,14 @@ packages() {
 }
 
 list=no
+foreign=no
 bench=no
 for word in "$@"; do
     case $word in
         --list) list=yes ;;
+        foreign) foreign=yes ;;
         bench) bench=yes ;;
-        *) echo "setup: unknown word $word; usage: setup.sh [--list] [bench]" >&2; exit 2 ;;
+        *) echo "setup: unknown word $word; usage: setup.sh [--list] [foreign] [bench]" >&2; exit 2 ;;
     esac
 done
 

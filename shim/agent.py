@@ -109,11 +109,15 @@ async def _connect(machine: Machine, config: Agent, ready: ReadySignal, patience
         attempt = asyncio.create_task(machine.vsock.connect(config.server_port))
         try:
             await _while_alive(machine, attempt, patience_s)
+        except BaseException:
+            # It may have come to an end at the same moment, and nobody takes what it has got.
+            attempt.cancel()
+            attempt.add_done_callback(_close_unwanted)
+            raise
+        try:
             return attempt.result()
         except (ConnectionRefusedError, ConnectionResetError) as err:
             log.debug("agent_refused", error=str(err), retry_s=pause_s)
-        finally:
-            attempt.cancel()
         pause = asyncio.create_task(asyncio.wait_for(ready.event.wait(), pause_s))
         try:
             await _while_alive(machine, pause, patience_s)
@@ -122,6 +126,11 @@ async def _connect(machine: Machine, config: Agent, ready: ReadySignal, patience
             pause.cancel()
         ready.event.clear()
         pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+
+def _close_unwanted(attempt: asyncio.Task[socket.socket]) -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
 
 
 async def _while_alive(machine: Machine, task: asyncio.Task[T], patience_s: float) -> None:

@@ -21,12 +21,14 @@ _LEVELS = {
     "DEBG": logging.DEBUG,
     "WARN": logging.WARNING,
     "ERRO": logging.ERROR,
-    "CRIT": logging.ERROR,
+    "CRIT": logging.CRITICAL,
 }
 
 
-async def forward(machine: Machine, port: int) -> None:
-    """Read the agent's log until it ends. A guest without a log stream is no error."""
+async def forward(machine: Machine, port: int, least: int = logging.DEBUG) -> None:
+    """Read the agent's log until it ends; lines below the level `least` are left out. A guest without a log stream is
+    no error.
+    """
     try:
         sock = await machine.vsock.connect(port)
         reader, writer = await asyncio.open_connection(sock=sock, limit=_LINE_LIMIT)
@@ -35,7 +37,7 @@ async def forward(machine: Machine, port: int) -> None:
         return
     try:
         while line := await _next_line(reader):
-            _log_line(line)
+            _log_line(line, least)
     except OSError as err:
         log.debug("agent_log_ended", error=str(err))
     finally:
@@ -52,7 +54,7 @@ async def _next_line(reader: asyncio.StreamReader) -> bytes:
         return await reader.readexactly(min(err.consumed, _LINE_LIMIT))
 
 
-def _log_line(line: bytes) -> None:
+def _log_line(line: bytes, least: int) -> None:
     try:
         record = json.loads(line)
         level, message = str(record.get("level", "")), str(record.get("msg", ""))
@@ -61,6 +63,6 @@ def _log_line(line: bytes) -> None:
         }
     except (ValueError, AttributeError, RecursionError):
         level, message, rest = "", line.decode(errors="replace").strip(), {}
-    log.log(
-        _LEVELS.get(level, logging.INFO), "guest_log", text=message, **({"details": rest} if rest else {})
-    )
+    number = _LEVELS.get(level, logging.INFO)
+    if number >= least:
+        log.log(number, "guest_log", text=message, **({"details": rest} if rest else {}))

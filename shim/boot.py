@@ -1,7 +1,8 @@
 """How a sandbox's guest comes up: the host's choices, the machine, the agent's connection, and the time each took.
 
 The first thing the daemon does is to get QEMU going, so this module and what it imports at its top are all that runs
-before; protobuf, the RPC server and the rest of the daemon load while the guest's kernel boots.
+before; protobuf, the RPC server and the rest of the daemon load while the guest's kernel boots. Only with the Sandbox
+API has the machine to wait: its network namespace comes with `CreateSandbox`.
 """
 
 from __future__ import annotations
@@ -9,101 +10,230 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
 from config import ConfigError, load
 from hypervisor.accel import choose_accel, choose_vsock
-from hypervisor.errors import HypervisorError
+from hypervisor.errors import HostUnsupported, HypervisorError
 from hypervisor.host import Host
 from hypervisor.qemu.machine import booted
+from shim import paths
 from shim.agent import READY_PORT, ReadySignal
 from shim.bootstrap import config_path
 from shim.bundle import Bundle
-from shim.errors import ShimError
-from shim.vmspec import vm_spec
+from shim.errors import GuestUnreachable, ShimError
+from shim.log import set_levels
+from shim.network import network_of
+from shim.pod import pod_from_bundle
+from shim.vmspec import guest_arch, vm_spec
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from agent_proto.client import AgentClient
-    from config import Config
+    from config import Config, LoadedConfig
     from hypervisor.qemu.machine import Machine
     from hypervisor.spec import VmSpec
     from shim.bootstrap import Bootstrap
+    from shim.network import PodNetwork
+    from shim.pod import Pod
     from shim.serve import HostState
 
 log = structlog.get_logger()
 
 
-def load_config(options: bytes) -> Config:
-    """The configuration that the runtime options name, or the default one; its warnings are logged.
+def load_config(options: bytes, pod: Pod, machine_type: str = "") -> LoadedConfig:
+    """The configuration that the runtime options name, or the default one, with what the pod's annotations and limits
+    change, and what its image does if that is for another `machine_type`; its warnings are logged.
 
     Raises:
-        ConfigError: every problem, with file and key.
+        ConfigError: every problem, with file or annotation, and key.
     """
     path = config_path(options)
-    loaded = load(Path(path) if path else None)
+    if path is None and options:
+        log.warning(
+            "runtime_options_ignored",
+            reason="they are not runtimeoptions.v1.Options, the type with ConfigPath",
+        )
+    loaded = load(
+        Path(path) if path else None,
+        annotations=pod.annotations,
+        resources=pod.resources,
+        machine_type=machine_type,
+    )
     for warning in loaded.warnings:
         log.warning("configuration_warning", file=str(loaded.path or "built-in defaults"), warning=warning)
-    return loaded.config
+    return loaded
 
 
-def plan(config: Config, sandbox_id: str, *, exported: Path, netns: Path | None) -> VmSpec:
-    """Decide what depends on the host, and say so once where the second best is taken.
+def plan(
+    config: Config,
+    sandbox_id: str,
+    *,
+    exported: Path,
+    network: PodNetwork | None = None,
+    host: Host | None = None,
+) -> VmSpec:
+    """Decide what depends on the host (default: this one), and say so once where the second best is taken.
 
     Raises:
         HostUnsupported, ProgramNotFound: an explicit setting cannot work here.
     """
-    qemu = config.hypervisor
-    accel, vsock = choose_accel(qemu.accel), choose_vsock(qemu.vsock)
+    qemu, arch, host, protection = config.hypervisor, guest_arch(config), host or Host(), None
+    if qemu.confidential_guest:
+        from hypervisor import confidential as choose
+        from shim.confidential import protection as protection_of
+
+        accel, vsock = choose.choose_accel(arch, host), choose.choose_vsock(host)
+        protection = protection_of(qemu, arch, host)
+    else:
+        accel = choose_accel(qemu.accel, guest_arch=arch, host=host)
+        vsock = choose_vsock(qemu.vsock, host=host)
     if accel.reason:
         log.warning("accel_fallback", accel=accel.value, reason=accel.reason)
     if vsock.reason:
         log.info("vsock_fallback", vsock=vsock.value, reason=vsock.reason)
+    has_disks = qemu.image or qemu.guest_extension_images or qemu.initdata
+    io_uring = not has_disks or host.has_io_uring()
+    if not io_uring and qemu.block_device_aio == "io_uring":
+        log.info("io_uring_fallback", aio="threads", reason="this host does not let programs use io_uring")
+    user = None
+    if qemu.rootless:
+        from hypervisor.rootless import choose_user
+
+        user = choose_user(sandbox_id, accel.value, root=host.root)
+    if qemu.selinux_label and not qemu.disable_selinux and not host.has_selinux():
+        raise HostUnsupported(
+            f"QEMU cannot run as {qemu.selinux_label}: this host has no SELinux; "
+            "remove selinux_label or set disable_selinux"
+        )
     return vm_spec(
         config,
         sandbox_id,
+        user=user,
         accel=accel.value,
         vsock=vsock.value,
         virtiofsd=Path(qemu.virtio_fs_daemon) if qemu.shared_fs != "none" else None,
         exported=exported,
-        netns=netns,
-        tsc_khz=Host().tsc_khz(),
+        netns=network.netns if network else None,
+        nics=network.nics if network else (),
+        nic_ports=network.nic_ports if network else 0,
+        tsc_khz=host.tsc_khz(),
+        image_bytes=Path(qemu.image).stat().st_size if qemu.image else 0,
+        io_uring=io_uring,
+        protection=protection,
     )
 
 
-class Boot:
-    """One guest on its way up, from the daemon's first moment on; who needs it waits for `machine`.
+class Plan(NamedTuple):
+    """What a machine is started with."""
 
-    `failure` is set when there is nothing to start: a bundle, a configuration or a host that will not do. `bundle`
-    and `config` exist otherwise.
+    loaded: LoadedConfig
+    spec: VmSpec
+
+
+class Boot:
+    """One guest on its way up; who needs it waits for `machine`.
+
+    `failure` is set when there is nothing to start: a bundle, a configuration or a host that will not do. Otherwise
+    `config` and `pod` exist from the launch on: the daemon's first moment when the bundle describes the pod (`bundle`
+    is its first container's), else when somebody calls `launch`.
     """
 
-    bundle: Bundle
+    bundle: Bundle | None = None
+    _network: PodNetwork | None = None
     config: Config
+    pod: Pod
+    _loaded: LoadedConfig
 
     def __init__(self, bootstrap: Bootstrap, host: HostState, started_at: float) -> None:
         self.failure: Exception | None = None
         # Seconds of the monotonic clock, in order of their happening.
         self.moments: dict[str, float] = {"start": started_at}
+        self._sandbox_id = bootstrap.id
+        self._options = bootstrap.options
+        self._debug = bootstrap.debug
         self._host = host
+        self._closed = False
+        self._undo = ExitStack()
+        self._expect_machine()
+        try:
+            host.create()
+            if not bootstrap.sandbox_api:
+                self.bundle = Bundle.load(bootstrap.id, Path(bootstrap.bundle))
+                self.launch(pod_from_bundle(self.bundle))
+        except (ShimError, ConfigError, HypervisorError, OSError) as err:
+            self.failure = err
+            self._undo.close()
+
+    def _expect_machine(self) -> None:
         self._ready = ReadySignal()
         self._release = asyncio.Event()
         self._machine: asyncio.Future[Machine] = asyncio.get_running_loop().create_future()
         self._owner: asyncio.Task[None] | None = None
-        try:
-            host.create()
-            self.bundle = Bundle.load(bootstrap.id, Path(bootstrap.bundle))
-            self.config = load_config(bootstrap.options)
-            spec = plan(self.config, bootstrap.id, exported=host.share.exported, netns=self.bundle.spec.netns)
-        except (ShimError, ConfigError, HypervisorError, OSError) as err:
-            self.failure = err
-            return
-        self._owner = asyncio.create_task(self._own(spec), name="machine")
+
+    def launch(self, pod: Pod) -> None:
+        """Begin to start the machine.
+
+        Raises:
+            ConfigError: the configuration, or what the pod's annotations make of it, cannot be used.
+            HostUnsupported, ProgramNotFound: an explicit setting cannot work here.
+            GuestUnreachable: it has been taken down already.
+            OSError: what every guest is to see cannot be mounted, or its initial data cannot be written.
+        """
+        if self._closed:
+            raise GuestUnreachable(f"sandbox {self._sandbox_id} is stopping")
+        made = self.planned(pod)
+        self.pod = pod
+        if made.spec.initdata is not None:
+            from shim.confidential import write_initdata
+
+            write_initdata(made.loaded.config.hypervisor, made.spec.initdata)
+        if entries := made.loaded.config.runtime.sandbox_bind_mounts:
+            self._host.share.add_sandbox_mounts(entries)
+        self._begin(made)
+
+    @property
+    def network(self) -> PodNetwork:
+        """The pod's network, from the launch on."""
+        assert self._network is not None
+        return self._network
+
+    @property
+    def machine_type_set_by(self) -> str | None:
+        """The file or annotation that fixes the type of machine; None while the default applies."""
+        return self._loaded.origins.get("hypervisor.qemu.machine_type")
+
+    def planned(self, pod: Pod, machine_type: str = "") -> Plan:
+        """What `pod` is started with; a `machine_type` is that of its image. Raises as `launch` does."""
+        loaded = load_config(self._options, pod, machine_type)
+        if not self._debug:  # else containerd wants everything
+            set_levels(loaded.config.runtime.log_level, loaded.config.hypervisor.log_level)
+        if self._network is None:
+            self._network = network_of(pod, loaded.config, self._host.remember_network)
+            self._undo.callback(self._network.close)
+        exported = self._host.share.exported
+        return Plan(loaded, plan(loaded.config, self._sandbox_id, exported=exported, network=self._network))
+
+    async def replace(self, other: Plan) -> None:
+        """End the machine, which nobody uses any more, and begin to start another one for the same pod.
+
+        Raises:
+            GuestUnreachable: all has been taken down meanwhile.
+        """
+        await self._end()
+        if self._closed:
+            raise GuestUnreachable(f"sandbox {self._sandbox_id} is stopping")
+        self._expect_machine()
+        self._begin(other)
+
+    def _begin(self, made: Plan) -> None:
+        self._loaded, self.config = made.loaded, made.loaded.config
+        self._owner = asyncio.create_task(self._own(made.spec), name="machine")
 
     async def launched(self) -> None:
         """Let the machine's task run: it starts QEMU before it waits for anything for the first time."""
@@ -115,18 +245,27 @@ class Boot:
 
     async def aclose(self) -> None:
         """Kill the machine and wait until nothing of it is left. Harmless when repeated."""
+        self._closed = True
+        await self._end()
+        self._undo.close()
+
+    async def _end(self) -> None:
         self._release.set()
         if self._owner is not None:
             if not self._machine.done():
                 self._owner.cancel()
             await asyncio.gather(self._owner, return_exceptions=True)
+        if self._network is not None:
+            self._network.part()
 
     async def _own(self, spec: VmSpec) -> None:
         try:
             async with booted(spec, listeners={READY_PORT: self._ready.on_connection}) as machine:
                 self.moments |= machine.timings
                 self._host.remember_helpers(machine.pids)
+                self.network.join()
                 self._machine.set_result(machine)
+                self._record_settings()  # the guest's kernel boots meanwhile
                 await self._release.wait()
         except Exception as err:
             if self._machine.done():
@@ -135,6 +274,14 @@ class Boot:
                 self._machine.set_exception(err)
                 # Asked for by `machine()`, perhaps later, perhaps never: not an error of the loop's.
                 self._machine.exception()
+
+    def _record_settings(self) -> None:
+        from config.show import encode
+
+        try:
+            (self._host.run_dir / paths.CONFIG_FILE).write_bytes(encode(self._loaded))
+        except OSError as err:
+            log.warning("settings_not_written", error=str(err))
 
     @asynccontextmanager
     async def agent(self, machine: Machine) -> AsyncIterator[AgentClient]:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from shim.cli import Flags
 
 SOCKET_DIR = "/run/containerd/s"
+# containerd keeps the bundles of the Sandbox API apart, in folders named after the plugin that made them:
+# "...controller.v1.shim" in 2.x, "...controller.v1.local" in 1.7. They have a config.json only if the client gave one.
+SANDBOX_CONTROLLER = "/io.containerd.sandbox.controller.v1."
 _STDIN_LIMIT = 4 << 20
 _DEBUG_LEVELS = (-4 & 0xFFFF_FFFF_FFFF_FFFF, -8 & 0xFFFF_FFFF_FFFF_FFFF)  # LOG_LEVEL_DEBUG, LOG_LEVEL_TRACE
 _OPTIONS_URL = "runtimeoptions.v1.Options"
@@ -25,7 +28,9 @@ class Bootstrap:
     """One pod's start: who asks, where its bundle is and where answers and events go.
 
     `options` is the serialized `google.protobuf.Any` of the runtime options, empty when none were given;
-    `speaks_protobuf` says that containerd reads the answer as a BootstrapResult.
+    `speaks_protobuf` says that containerd reads the answer as a BootstrapResult; `sandbox_api` that containerd
+    manages the sandbox by its Sandbox API, and not as the pod's first container; `answers_version_3` that it is a
+    containerd which reads version 3 of the answer in JSON.
     """
 
     def __init__(self, flags: "Flags", env: "Mapping[str, str]", bundle: str) -> None:
@@ -38,6 +43,8 @@ class Bootstrap:
         self.socket_dir = SOCKET_DIR
         self.options = b""
         self.speaks_protobuf = False
+        self.sandbox_api = SANDBOX_CONTROLLER in bundle
+        self.answers_version_3 = f"{SANDBOX_CONTROLLER}shim/" in bundle
 
     def read_stdin(self, data: bytes) -> None:
         """Take in what containerd wrote to stdin. Bytes that are neither dialect are no reason to fail: the

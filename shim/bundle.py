@@ -18,10 +18,31 @@ class Namespace(msgspec.Struct, frozen=True):
     path: str = ""
 
 
+class Cpu(msgspec.Struct, frozen=True):
+    """`linux.resources.cpu`, in microseconds."""
+
+    quota: int = 0
+    period: int = 0
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """`linux.resources.memory`, in bytes."""
+
+    limit: int = 0
+
+
+class Resources(msgspec.Struct, frozen=True):
+    """The part of `linux.resources` that says how large a VM has to be."""
+
+    cpu: Cpu = Cpu()
+    memory: Memory = Memory()
+
+
 class Linux(msgspec.Struct, frozen=True):
     """The part of `linux` that decides how the VM is built."""
 
     namespaces: tuple[Namespace, ...] = ()
+    resources: Resources = Resources()
 
 
 class Mount(msgspec.Struct, frozen=True):

@@ -8,9 +8,11 @@ import contextlib
 import os
 import select
 import signal
+import time
 
 from shim import paths, record
 
+# containerd gives `delete` five seconds in all.
 _KILL_WAIT_S = 3.0
 
 
@@ -27,11 +29,19 @@ def clean_up(sandbox_id: str, *, keep_socket: str = "") -> None:
         _kill_all([(owner.pid, owner.start_time), *owner.helpers.values()])
         if owner.socket != keep_socket:
             _unlink(owner.socket)
+        _forget_network(*owner.network)
     for directory in (paths.shared_dir(sandbox_id), paths.run_dir(sandbox_id)):
         if os.path.lexists(directory):
             unmount_below(directory)
             remove_tree(directory)
-    remove_empty_parents()
+    paths.remove_empty_parents()
+
+
+def _forget_network(netns: str, ifindexes: list[int]) -> None:
+    if ifindexes:
+        from shim.network import forget
+
+        forget(netns, ifindexes)
 
 
 def _kill_all(processes: list[tuple[int, int]]) -> None:
@@ -50,8 +60,9 @@ def _kill_all(processes: list[tuple[int, int]]) -> None:
             waiting.add(pidfd)
         else:
             os.close(pidfd)
+    deadline = time.monotonic() + _KILL_WAIT_S
     while waiting:
-        ready = poller.poll(_KILL_WAIT_S * 1000)
+        ready = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
         if not ready:
             break
         for fd, _ in ready:
@@ -83,28 +94,26 @@ def _mount_points(directory: str) -> list[str]:
 
 
 def remove_tree(directory: str) -> None:
-    """Remove a directory of ours.
+    """Remove a directory of ours. Somebody else may be doing the same: what is gone already is fine.
 
     Raises:
         OSError: it cannot be removed, or something is still mounted in it, which would be emptied as well.
     """
-    import shutil
-
     for point in _mount_points(directory):
         raise OSError(16, "cannot remove it while something is mounted in it", point)
-    shutil.rmtree(directory)
+    _remove(directory)
 
 
-def remove_empty_parents() -> None:
-    """Remove the directories that all sandboxes share when this was the last."""
-    shared = os.path.dirname(paths.SHARED_ROOT)
-    for directory in (paths.SHARED_ROOT, shared, os.path.dirname(shared), paths.RUN_ROOT):
-        with contextlib.suppress(OSError):
-            os.rmdir(directory)
+def _remove(directory: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        for entry in list(os.scandir(directory)):
+            if entry.is_dir(follow_symlinks=False):
+                _remove(entry.path)
+            else:
+                _unlink(entry.path)
+        os.rmdir(directory)
 
 
 def _unlink(path: str) -> None:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        return

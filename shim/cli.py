@@ -112,14 +112,17 @@ def _dispatch(flags: Flags) -> int:
         sys.stdout.write(USAGE)
     elif flags.version:
         from shim import VERSION
+        from shim.info import revision
 
         sys.stdout.write(
-            f"containerd-shim-kata-py-v2:\n  Version:  {VERSION}\n  Python:   {sys.version.split()[0]}\n"
+            f"containerd-shim-kata-py-v2:\n  Version:  {VERSION}\n  Revision: {revision() or 'unknown'}\n"
+            f"  Python:   {sys.version.split()[0]}\n"
         )
     elif flags.info:
+        from shim.bootstrap import read_stdin
         from shim.info import runtime_info
 
-        os.write(1, runtime_info())
+        os.write(1, runtime_info(read_stdin()))
     elif flags.action == "start":
         from shim.start import start
 
@@ -135,6 +138,8 @@ def _dispatch(flags: Flags) -> int:
 
 
 def _fail(message: str, code: int) -> "NoReturn":
-    sys.stderr.write(f"containerd-shim-kata-py-v2: {message.rstrip()}\n")
+    # containerd goes on in the same line: with the exit status.
+    end = "\n" if sys.stderr.isatty() else ""
+    sys.stderr.write(f"containerd-shim-kata-py-v2: {message.rstrip()}{end}")
     sys.stderr.flush()
     os._exit(code)

@@ -1,7 +1,7 @@
 """The `delete` action: clean up after a shim, in a fresh process, whether or not it left anything.
 
 containerd runs this after every exit of a shim, also the normal ones, and the client waits for it. When nothing is
-left it costs an interpreter start and two look-ups.
+left it costs an interpreter start and a few look-ups.
 """
 
 import os
@@ -33,6 +33,8 @@ def delete(flags: "Flags") -> bytes:
         from shim.cleanup import clean_up
 
         clean_up(flags.id)
+    else:
+        paths.remove_empty_parents()  # whoever removed the sandbox's directories may have left these
     _remove_dead_socket(bundle)
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
     exited_at = int_field(1, seconds) + int_field(2, nanoseconds)
@@ -51,7 +53,6 @@ def _remove_dead_socket(bundle: str) -> None:
     except OSError:
         return
     if path and _exists(path):
-        from shim.start import is_listening
+        from shim.start import remove_dead_socket
 
-        if not is_listening(path):
-            os.unlink(path)
+        remove_dead_socket(path)

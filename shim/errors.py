@@ -27,5 +27,9 @@ class GuestUnreachable(ShimError):
     """The sandbox's guest is gone or does not answer."""
 
 
+class NetworkNotMirrored(ShimError):
+    """An interface of the pod that the guest cannot have."""
+
+
 class NotSupported(ShimError):
     """A part of the API that this shim does not have."""

@@ -1,15 +1,125 @@
-"""A container's processes as the guest's agent offers them: the only place of the domain that builds agent requests."""
+"""The guest, its containers and their processes as its agent offers them: what is asked of a container is put into the
+agent's words here."""
 
 from __future__ import annotations
 
+from signal import SIGKILL
 from typing import TYPE_CHECKING
 
-from agent_proto.gen import agent_pb2
+import structlog
+
+from agent_proto import services
+from agent_proto.gen import agent_pb2, kata_py_agent_pb2
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from agent_proto.client import AgentClient
+    from agent_proto.gen.agent_pb2 import StatsContainerResponse
+    from agent_proto.gen.oci_pb2 import LinuxResources
     from agent_proto.gen.oci_pb2 import Process as OciProcess
+    from shim.liveness import Liveness
+
+log = structlog.get_logger()
+
+# As many processes as Linux has unless it is told otherwise. A guest that claims more is not believed: the answer has
+# to fit into one message.
+_PROCESSES_LIMIT = 32768
+
+
+class Guest:
+    """A guest that is up: its agent, what the agent can do, and `pid`, the virtual machine's process on this host."""
+
+    def __init__(self, agent: AgentClient, pid: int, liveness: Liveness) -> None:
+        self.agent = agent
+        self.pid = pid
+        self.liveness = liveness
+        self._extended: bool | None = None
+
+    async def extended(self) -> bool:
+        """Whether the agent has our extensions; asked once, when it first matters.
+
+        Raises:
+            RpcError: the agent does not answer.
+        """
+        if self._extended is None:
+            try:
+                reply = await self.agent.get_guest_details(agent_pb2.GuestDetailsRequest())
+            except RpcError as err:
+                if err.code is not Code.UNIMPLEMENTED:
+                    raise
+                reply = agent_pb2.GuestDetailsResponse()
+            self._extended = services.EXTENSIONS_FEATURE in reply.agent_details.extra_features
+        return self._extended
+
+
+class GuestContainer:
+    """One container in the guest. Every method raises RpcError when the agent refuses or is gone."""
+
+    def __init__(self, guest: Guest, container_id: str) -> None:
+        self._guest = guest
+        self._agent = guest.agent
+        self._id = container_id
+
+    @property
+    def pid(self) -> int:
+        """The process on the host that stands for every process of the container: the virtual machine's."""
+        return self._guest.pid
+
+    def process(self, exec_id: str = "", spec: OciProcess | None = None) -> GuestProcess:
+        """The init, or an exec that is made of its spec when it starts."""
+        return GuestProcess(self._agent, self._id, exec_id, spec)
+
+    async def kill(self) -> None:
+        """SIGKILL to all processes. A guest whose agent answers nothing any more is ended instead."""
+        await self._guest.liveness.kill(self._id, self.process().signal(SIGKILL))
+
+    async def signal_all(self, number: int, exec_ids: Iterable[str]) -> None:
+        """Send a signal to all processes; an agent that cannot do that is told of the init and each of `exec_ids`."""
+        if await self._guest.extended():
+            await self._agent.signal_container(
+                kata_py_agent_pb2.SignalContainerRequest(container_id=self._id, signal=number)
+            )
+            return
+        for exec_id in exec_ids:
+            try:
+                await self.process(exec_id).signal(number)
+            except RpcError as err:  # one that has ended meanwhile keeps it from no other
+                log.debug("exec_not_signalled", container=self._id, exec=exec_id, error=str(err))
+        await self.process().signal(number)
+
+    async def processes(self) -> list[tuple[int, str]] | None:
+        """Process ids in the guest, each with the exec id if it is the process of an exec; None when this agent
+        cannot tell."""
+        if not await self._guest.extended():
+            return None
+        reply = await self._agent.list_processes(
+            kata_py_agent_pb2.ListProcessesRequest(container_id=self._id)
+        )
+        return [(process.pid, process.exec_id) for process in reply.processes[:_PROCESSES_LIMIT]]
+
+    async def pause(self) -> None:
+        """Freeze all processes."""
+        await self._agent.pause_container(agent_pb2.PauseContainerRequest(container_id=self._id))
+
+    async def resume(self) -> None:
+        """Thaw all processes."""
+        await self._agent.resume_container(agent_pb2.ResumeContainerRequest(container_id=self._id))
+
+    async def update(self, resources: LinuxResources) -> None:
+        """Change the limits."""
+        await self._agent.update_container(
+            agent_pb2.UpdateContainerRequest(container_id=self._id, resources=resources)
+        )
+
+    async def stats(self) -> StatsContainerResponse:
+        """What the container's cgroups count."""
+        return await self._agent.stats_container(agent_pb2.StatsContainerRequest(container_id=self._id))
+
+    async def remove(self) -> None:
+        """End what is left of it, and forget it."""
+        await self._agent.remove_container(agent_pb2.RemoveContainerRequest(container_id=self._id))
 
 
 class GuestProcess:

@@ -1,4 +1,4 @@
-"""A process's stdio: between containerd's FIFOs on the host and the streams that the guest's agent offers.
+"""A process's stdio: between the host's streams and those that the guest's agent offers.
 
 Nothing here blocks the event loop, loses a byte, or lets one stream wait for another:
 
@@ -12,14 +12,15 @@ Nothing here blocks the event loop, loses a byte, or lets one stream wait for an
 from __future__ import annotations
 
 import asyncio
-import os
-import stat
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, Protocol
-from urllib.parse import urlsplit
 
 import structlog
 
 from shim.errors import InvalidRequest
+from shim.host_streams import Input, Output, parse_uri
+from shim.logger import SCHEMES as LOGGER_SCHEMES
+from shim.logger import Logger
 from ttrpc import RpcError
 
 if TYPE_CHECKING:
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-# One pipe buffer: more per call saves round trips only when the guest's pipe is larger too.
+# What one call asks the agent for, in bytes: the size of the pipes that our agent gives a process.
 READ_SIZE = 256 * 1024
-_STDIN_READ_SIZE = 64 * 1024
+# How long the exit of a process is held back for the last of its output. containerd's clients stop reading when they
+# learn of the exit; a child that lives on and holds the streams must not delay it by a second.
+_SETTLE_IDLE_S, _SETTLE_LIMIT_S = 0.4, 0.7
 # How long deleting a process waits for output that does not move: the process is gone, and whoever holds the other end
 # of its pipe, or should read our FIFO, does nothing. runc's shim waits as long.
 _IDLE_LIMIT_S = 2.0
@@ -56,131 +59,56 @@ class GuestStreams(Protocol):
     async def close_stdin(self) -> None: ...
 
 
-class Output:
-    """The host's end of stdout or stderr: a FIFO, or a file that is appended to."""
-
-    def __init__(self, uri: str, what: str) -> None:
-        path = _path_of(uri, what, schemes=("", "fifo", "file"))
-        self._what = what
-        self._reader: int | None = None
-        self._writer: int | None = None
-        self.written = 0
-        """Bytes that the host has taken."""
-        # Only a file that is called one is made: a FIFO that is gone had a reader that is gone.
-        create = os.O_CREAT if uri.startswith("file:") else 0
-        try:
-            if _is_fifo(path):
-                self._reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            self._writer = os.open(
-                path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_APPEND | create, 0o600
-            )
-        except OSError as err:
-            self.release()
-            raise InvalidRequest(f"cannot open {what} {path}: {err.strerror}") from err
-
-    async def write(self, data: bytes) -> None:
-        """Write all of `data`, waiting for the reader as long as it takes."""
-        view = memoryview(data)
-        while view and self._writer is not None:
-            try:
-                written = os.write(self._writer, view)
-            except BlockingIOError:
-                await _ready(self._writer, write=True)
-                continue
-            except OSError as err:
-                # A full disk, say. The process must not be blocked for ever: from now on its output is thrown away.
-                log.warning("output_lost", what=self._what, error=str(err))
-                self.finish()
-                break
-            self.written += written
-            view = view[written:]
-
-    def finish(self) -> None:
-        """The stream has ended: readers see it after the last byte."""
-        if self._writer is not None:
-            os.close(self._writer)
-            self._writer = None
-
-    def release(self) -> None:
-        """Let go of everything; bytes that nobody has read are gone."""
-        self.finish()
-        if self._reader is not None:
-            os.close(self._reader)
-            self._reader = None
-
-
-class Input:
-    """The host's end of stdin, a FIFO. Opened when the process starts: until then its writer waits, and so does its
-    `CloseIO`, which a client can only send once it has been given the process."""
-
-    def __init__(self, uri: str, what: str) -> None:
-        self._path = _path_of(uri, what, schemes=("", "fifo"))
-        self._what = what
-        self._reader: int | None = None
-        self._keeper: int | None = None
-        self._ended_early = False
-
-    def open(self) -> None:
-        """Open the reading end, and the writing end that keeps it from ending by itself.
-
-        Raises:
-            InvalidRequest: the path cannot be opened.
-        """
-        try:
-            self._reader = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            if _is_fifo(self._path) and not self._ended_early:
-                self._keeper = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as err:
-            self.release()
-            raise InvalidRequest(f"cannot open {self._what} {self._path}: {err.strerror}") from err
-
-    async def read(self) -> bytes:
-        """The next bytes; empty when all writers have closed and ours has been given up."""
-        while self._reader is not None:
-            try:
-                return os.read(self._reader, _STDIN_READ_SIZE)
-            except BlockingIOError:
-                await _ready(self._reader, write=False)
-        return b""
-
-    def give_up_keeper(self) -> None:
-        """`CloseIO`: from now on the client alone decides when the stream ends."""
-        self._ended_early = True
-        if self._keeper is not None:
-            os.close(self._keeper)
-            self._keeper = None
-
-    def release(self) -> None:
-        """Let go of everything."""
-        self.give_up_keeper()
-        if self._reader is not None:
-            os.close(self._reader)
-            self._reader = None
-
-
 class ProcessIO:
     """All streams of one process and the tasks that copy them."""
 
-    def __init__(self, stdio: Stdio, what: str) -> None:
-        """Open the host's ends of the output.
+    def __init__(self, stdio: Stdio, what: str, logger: Logger | None = None) -> None:
+        """Open the host's ends of the output, or use those of `logger`, which is taken over.
 
         Raises:
             InvalidRequest: a path cannot be opened or its scheme is unknown; nothing stays open.
         """
         self._stdin: Input | None = None
         self._outputs: list[tuple[str, Output]] = []
+        self._logger = logger
         self._copies: list[asyncio.Task[None]] = []
         self._stdin_copy: asyncio.Task[None] | None = None
         self._what = what
         try:
-            self._stdin = Input(stdio.stdin, f"stdin of {what}") if stdio.stdin else None
+            if stdio.stdin:
+                name = f"stdin of {what}"
+                self._stdin = Input(parse_uri(stdio.stdin, name, schemes=("fifo",)), name)
             # A terminal has one stream for both; containerd passes no stderr then, and none is used if it does.
-            for name, uri in (("stdout", stdio.stdout), ("stderr", "" if stdio.terminal else stdio.stderr)):
-                if uri:
-                    self._outputs.append((name, Output(uri, f"{name} of {what}")))
+            stderr = "" if stdio.terminal else stdio.stderr
+            if logger is not None:
+                self._outputs = [("stdout", logger.stdout), ("stderr", logger.stderr)]
+                if stdio.terminal:
+                    self._outputs.pop()[1].finish()
+                return
+            for stream, text in (("stdout", stdio.stdout), ("stderr", stderr)):
+                if text:
+                    name = f"{stream} of {what}"
+                    uri = parse_uri(text, name, schemes=("fifo", "file"))
+                    self._outputs.append((stream, Output.open(uri, name)))
         except InvalidRequest:
             self._release()
             raise
+
+    @classmethod
+    async def open(cls, stdio: Stdio, what: str, *, owner: str, namespace: str) -> ProcessIO:
+        """As the constructor, but runs the logger first if stdout names one: it takes stderr too, whatever that names.
+
+        `owner` is the id of the container or exec.
+
+        Raises:
+            InvalidRequest: as the constructor, or the logger cannot be run; nothing stays open.
+        """
+        name = f"stdout of {what}"
+        logger = None
+        if stdio.stdout.startswith(tuple(f"{scheme}://" for scheme in LOGGER_SCHEMES)):
+            uri = parse_uri(stdio.stdout, name, schemes=LOGGER_SCHEMES)
+            logger = await Logger.start(uri, what, owner=owner, namespace=namespace)
+        return cls(stdio, what, logger)
 
     def open_stdin(self) -> None:
         """Let the client's input come; the process is about to start.
@@ -209,23 +137,38 @@ class ProcessIO:
         if self._stdin_copy is not None:
             self._stdin_copy.cancel()
 
-    async def aclose(self) -> None:
-        """Wait for the output still under way, as long as it moves within reason, then let go of everything."""
-        pending = set(self._copies)
-        deadline = asyncio.get_running_loop().time() + _DRAIN_LIMIT_S
-        while pending:
-            before = self._written
-            _, pending = await asyncio.wait(pending, timeout=_IDLE_LIMIT_S)
-            idle = self._written == before
-            if pending and (idle or asyncio.get_running_loop().time() > deadline):
-                reason = "nothing moved" if idle else "it does not end"
-                log.info("output_abandoned", what=self._what, reason=reason)
-                break
-        tasks = [*pending, *([self._stdin_copy] if self._stdin_copy else [])]
+    async def settle(self) -> None:
+        """The process has exited: wait until its output has reached the readers, within a limit below a second."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLE_LIMIT_S):
+                if not await self._drained(_SETTLE_IDLE_S, _SETTLE_LIMIT_S):
+                    for _, output in self._outputs:
+                        await output.taken()
+
+    async def aclose(self, *, drain: bool = True) -> None:
+        """Let go of everything; `drain` first waits for output still under way, as long as it moves within reason."""
+        if drain and (reason := await self._drained(_IDLE_LIMIT_S, _DRAIN_LIMIT_S)):
+            log.info("output_abandoned", what=self._what, reason=reason)
+        tasks = [*self._copies, *([self._stdin_copy] if self._stdin_copy else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._release()
+        if self._logger is not None:
+            await self._logger.aclose()
+
+    async def _drained(self, idle_s: float, limit_s: float) -> str:
+        """Wait for the end of the output. Returns why it was given up: empty if it has come to its end."""
+        pending = set(self._copies)
+        deadline = asyncio.get_running_loop().time() + limit_s
+        while pending:
+            before = self._written
+            _, pending = await asyncio.wait(pending, timeout=idle_s)
+            if pending and self._written == before:
+                return "nothing moved"
+            if pending and asyncio.get_running_loop().time() > deadline:
+                return "it does not end"
+        return ""
 
     def abort(self) -> None:
         """Let go of everything at once: the guest is gone, or the process never came to be."""
@@ -242,12 +185,18 @@ class ProcessIO:
             self._stdin.release()
         for _, output in self._outputs:
             output.release()
+        if self._logger is not None:
+            self._logger.release()
 
     async def _copy_out(self, read: Callable[[int], Awaitable[bytes]], output: Output) -> None:
+        # One piece is asked for while the one before it is written: never two, whose answers might change places.
+        coming = asyncio.ensure_future(_read_or_end(read))
         try:
-            while data := await _read_or_end(read):
+            while data := await coming:
+                coming = asyncio.ensure_future(_read_or_end(read))
                 await output.write(data)
         finally:
+            coming.cancel()
             output.finish()
 
     async def _copy_in(self, stdin: Input, guest: GuestStreams) -> None:
@@ -270,38 +219,12 @@ async def _read_or_end(read: Callable[[int], Awaitable[bytes]]) -> bytes:
 
 
 def _spawn(copy: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
-    return asyncio.create_task(copy, name=name)
+    task = asyncio.create_task(copy, name=name)
+    task.add_done_callback(_tell_of_failure)
+    return task
 
 
-def _path_of(uri: str, what: str, *, schemes: tuple[str, ...]) -> str:
-    parts = urlsplit(uri)
-    if parts.scheme not in schemes:
-        known = ", ".join(f"{scheme}://" for scheme in schemes if scheme)
-        raise InvalidRequest(
-            f"{what} has the unknown scheme {parts.scheme}:// in {uri}: use a fifo's path or {known}"
-        )
-    return parts.path if parts.scheme else uri
-
-
-def _is_fifo(path: str) -> bool:
-    try:
-        return stat.S_ISFIFO(os.stat(path).st_mode)
-    except FileNotFoundError:
-        return False
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-async def _ready(fd: int, *, write: bool) -> None:
-    """Wait until `fd` can be written or read without blocking."""
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-    add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
-    add(fd, _set, ready)
-    try:
-        await ready
-    finally:
-        remove(fd)
+def _tell_of_failure(task: asyncio.Task[None]) -> None:
+    # Nobody waits for its result: what neither side is expected to raise must not pass in silence.
+    if not task.cancelled() and (err := task.exception()) is not None:
+        log.error("copy_failed", what=task.get_name(), exc_info=err)

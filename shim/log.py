@@ -27,6 +27,14 @@ def open_fifo(bundle: Path) -> int | None:
     return fd
 
 
+_LEVELS = {
+    "trace": logging.DEBUG,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
 # Control characters, which steer terminals: a guest's words end up in lines that people look at.
 _ESCAPED = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160))}
 
@@ -50,7 +58,6 @@ class _FdLogger:
 def configure(fd: int | None, *, debug: bool, sandbox: str, namespace: str) -> None:
     """Set up logging for this process, once: level, format, and the words that every line carries."""
     target = _FdLogger(2 if fd is None else fd)
-    level = logging.DEBUG if debug else logging.INFO
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -60,7 +67,7 @@ def configure(fd: int | None, *, debug: bool, sandbox: str, namespace: str) -> N
             structlog.processors.EventRenamer("msg"),
             structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "msg"], bool_as_flag=False),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if debug else logging.INFO),
         logger_factory=lambda *_: target,
         cache_logger_on_first_use=False,
     )
@@ -68,3 +75,14 @@ def configure(fd: int | None, *, debug: bool, sandbox: str, namespace: str) -> N
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="level=%(levelname)s msg=%(message)r"
     )
+
+
+def number_of(level: str) -> int:
+    """A level of the configuration as Python's logging counts them, which has nothing below debug."""
+    return _LEVELS[level]
+
+
+def set_levels(*levels: str) -> None:
+    """From now on log what the most talkative of these levels of the configuration lets through."""
+    least = min(map(number_of, levels))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(least))

@@ -1,13 +1,16 @@
 """mount(2) and its relatives for the daemon and `delete`. Flags are those of linux/mount.h.
 
 The daemon lives in a mount namespace of its own, a slave of the host's: what it mounts is seen by its own helper
-programs only and vanishes with them, and what the host mounts or unmounts later still reaches it.
+programs only and vanishes with them. What it binds it takes from the host's namespace, where it always is.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import stat
+import struct
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_SYNCHRONOUS, MS_REMOUNT, MS_MANDLOCK, MS_DIRSYNC = 16, 32, 64, 128
@@ -17,7 +20,12 @@ MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 <<
 MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1 << 21, 1 << 24, 1 << 25
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
-_CLONE_NEWNS = 0x20000
+_CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
+# The same on all architectures.
+_SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_OPENAT2, _SYS_MOUNT_SETATTR = 428, 429, 437, 442
+_AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000  # linux/fcntl.h
+_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4  # linux/mount.h
+_RESOLVE_IN_ROOT = 0x10  # linux/openat2.h
 # The kernel copies one page of mount data and cuts off the rest without a word (fs/namespace.c).
 _DATA_LIMIT = os.sysconf("SC_PAGESIZE") - 1
 
@@ -46,6 +54,8 @@ FLAGS: dict[str, tuple[int, bool]] = {  # option -> (flag, whether it is set or 
     "bind": (MS_BIND, True),
     "rbind": (MS_BIND | MS_REC, True),
 }
+# The flags of mount(2) that mount_setattr(2) can set for a bind.
+_ATTRIBUTES = {MS_RDONLY: 0x1, MS_NOSUID: 0x2, MS_NODEV: 0x4, MS_NOEXEC: 0x8, MS_NODIRATIME: 0x80}
 PROPAGATION = {
     "private": MS_PRIVATE, "rprivate": MS_PRIVATE | MS_REC,
     "slave": MS_SLAVE, "rslave": MS_SLAVE | MS_REC,
@@ -91,6 +101,49 @@ def detach(target: str) -> None:
             raise OSError(number, f"cannot unmount: {os.strerror(number)}", target)
 
 
+def path_in_root(root: str, path: str) -> str:
+    """Where `path` leads when `root` is taken for the root directory: no symlink and no `..` in it leads outside.
+
+    Raises:
+        OSError: there is nothing at the path.
+    """
+    found = _find_in_root(root, path)
+    try:
+        return os.readlink(f"/proc/self/fd/{found}")
+    finally:
+        os.close(found)
+
+
+def head_in_root(root: str, path: str, size: int) -> bytes:
+    """The first bytes of the regular file that `path` leads to in `root`, as above.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+    """
+    found = _find_in_root(root, path)
+    try:
+        # Looked at before it is opened: a device or a FIFO would notice, or wait.
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        file = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(found)
+    try:
+        return os.read(file, size)
+    finally:
+        os.close(file)
+
+
+def _find_in_root(root: str, path: str) -> int:
+    base = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        how = struct.pack("QQQ", os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT)  # struct open_how
+        words = (_SYS_OPENAT2, base, os.fsencode(path), how, len(how))
+        return _syscall(f"cannot find {path} in it", root, *words)
+    finally:
+        os.close(base)
+
+
 def parse_options(options: list[str]) -> tuple[int, int, str]:
     """Split fstab-style options into (flags, propagation flags, data for the file system)."""
     flags = propagation = 0
@@ -106,16 +159,18 @@ def parse_options(options: list[str]) -> tuple[int, int, str]:
     return flags, propagation, ",".join(data)
 
 
-def mount_with_options(fstype: str, source: str, target: str, options: list[str]) -> None:
-    """Mount as containerd describes it: bind mounts get their read-only flag by the second mount call they need,
-    overlays with more layers than fit into one page of options are mounted with paths relative to their parent.
+def mount_with_options(
+    fstype: str, source: str, target: str, options: list[str], *, namespace: int | None = None
+) -> None:
+    """Mount as containerd describes it: overlays with more layers than fit into one page of options are mounted with
+    paths relative to their parent. `namespace` is that of a bind's source.
 
     Raises:
         OSError: the kernel refused.
     """
     flags, propagation, data = parse_options(options)
     if flags & MS_BIND or fstype == "bind":
-        bind(source, target, recursive=bool(flags & MS_REC), flags=flags & ~(MS_BIND | MS_REC))
+        bind(source, target, recursive=bool(flags & MS_REC), flags=flags, namespace=namespace)
     elif len(data) > _DATA_LIMIT and fstype == "overlay":
         _mount_long_overlay(source, target, flags, options)
     else:
@@ -124,19 +179,88 @@ def mount_with_options(fstype: str, source: str, target: str, options: list[str]
         mount("", target, "", propagation)
 
 
-def bind(source: str, target: str, *, recursive: bool = False, flags: int = 0) -> None:
-    """Bind `source` onto `target`; `flags` such as MS_RDONLY take effect by a remount, as the kernel wants it.
+def bind(
+    source: str, target: str, *, recursive: bool = False, flags: int = 0, namespace: int | None = None
+) -> None:
+    """`clone` and `attach` in one step.
 
     Raises:
         OSError: the kernel refused; nothing is left mounted.
     """
-    mount(source, target, "", MS_BIND | (MS_REC if recursive else 0))
-    if flags:
+    tree = clone(source, recursive=recursive, flags=flags, namespace=namespace)
+    try:
+        attach(tree, target)
+    finally:
+        os.close(tree)
+
+
+def clone(
+    source: str,
+    *,
+    recursive: bool = False,
+    flags: int = 0,
+    follow: bool = False,
+    namespace: int | None = None,
+) -> int:
+    """A copy of the file or directory `source` with its mounts, attached nowhere yet: a descriptor to be closed by the
+    caller. `namespace` is the mount namespace in which `source` is looked for, None is this process's own.
+
+    The mounts get their `flags`, those of _ATTRIBUTES, before they are attached: to copies at other places, which mount
+    propagation makes at that moment, no later change would reach. What the host mounts and unmounts below `source`
+    afterwards happens in the copy too when that shall `follow`; then what is in use in the copy keeps the host from
+    unmounting it. Nothing ever happens the other way round.
+
+    Raises:
+        OSError: there is no such source, or the kernel refused.
+    """
+    below = _AT_RECURSIVE if recursive else 0
+    tree = _open_tree(source, _OPEN_TREE_CLONE | os.O_CLOEXEC | below, namespace)
+    try:
+        attributes = sum(attribute for flag, attribute in _ATTRIBUTES.items() if flags & flag)
+        # struct mount_attr: to set, to clear, propagation, user namespace
+        wanted = struct.pack("QQQQ", attributes, 0, MS_SLAVE if follow else MS_PRIVATE, 0)
+        words = (tree, b"", _AT_EMPTY_PATH | below, wanted, len(wanted))
+        _syscall("cannot set the options of the mount", source, _SYS_MOUNT_SETATTR, *words)
+    except OSError:
+        os.close(tree)
+        raise
+    return tree
+
+
+def attach(tree: int, target: str) -> None:
+    """Mount what `clone` made. Raises OSError."""
+    words = (tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+    _syscall("cannot mount there", target, _SYS_MOVE_MOUNT, *words)
+
+
+def restrictions(descriptor: int) -> tuple[str, ...]:
+    """Which of nosuid, nodev and noexec the mount has that a descriptor is in."""
+    flags = os.fstatvfs(descriptor).f_flag  # the values of ST_NOSUID and so on are those of MS_NOSUID
+    return tuple(name for name in ("nosuid", "nodev", "noexec") if flags & FLAGS[name][0])
+
+
+def _open_tree(source: str, flags: int, namespace: int | None) -> int:
+    words = ("cannot mount", source, _SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(source), flags)
+    if namespace is None:
+        return _syscall(*words)
+    own = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # The kernel moves only a thread that shares its root and working directory with no other thread.
+        _check(_libc.unshare(_CLONE_FS), "cannot leave the mount namespace", "/")
+        _check(_libc.setns(namespace, _CLONE_NEWNS), "cannot enter the host's mount namespace", "/")
         try:
-            mount("", target, "", MS_BIND | MS_REMOUNT | flags)
-        except OSError:
-            detach(target)
-            raise
+            return _syscall(*words)
+        finally:
+            _check(_libc.setns(own, _CLONE_NEWNS), "cannot return to the mount namespace", "/")
+    finally:
+        os.close(own)
+
+
+def _syscall(what: str, path: str, *words: int | bytes) -> int:
+    arguments = [ctypes.c_long(word) if isinstance(word, int) else word for word in words]
+    result: int = _libc.syscall(*arguments)
+    _check(min(result, 0), what, path)
+    return result
 
 
 def _mount_long_overlay(source: str, target: str, flags: int, options: list[str]) -> None:
@@ -158,11 +282,18 @@ def _mount_long_overlay(source: str, target: str, flags: int, options: list[str]
         os.close(before)
 
 
-def enter_private_mount_namespace() -> None:
-    """Give this process, and all it starts, a mount namespace that follows the host's but is not seen by it.
+def enter_private_mount_namespace() -> int:
+    """Give this process, and all it starts, a mount namespace that the host does not see. It follows the host's mounts
+    only where the host shares them, which is not so everywhere: what is returned is a descriptor of the namespace left.
 
     Raises:
         OSError: not allowed (needs CAP_SYS_ADMIN).
     """
-    _check(_libc.unshare(_CLONE_NEWNS), "cannot unshare the mount namespace", "/")
-    mount("", "/", "", MS_REC | MS_SLAVE)
+    left = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.unshare(_CLONE_NEWNS), "cannot unshare the mount namespace", "/")
+        mount("", "/", "", MS_REC | MS_SLAVE)
+    except OSError:
+        os.close(left)
+        raise
+    return left

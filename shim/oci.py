@@ -8,17 +8,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from agent_proto import oci_json
-from agent_proto.gen import oci_pb2
+from agent_proto.gen import agent_pb2, oci_pb2
 from shim.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
     from google.protobuf.message import Message
 
+    from config.schema import SharedMount
+
+log = structlog.get_logger()
+
+# Data of the whole guest, which has them on a disk; there may be much of it.
+_INITDATA = "io.katacontainers.config.hypervisor.cc_init_data"
 CONTAINER_TYPE = "io.katacontainers.pkg.oci.container_type"
 BUNDLE_PATH = "io.katacontainers.pkg.oci.bundle_path"
 # Namespaces that the guest provides itself, as one machine per sandbox.
 _HOST_NAMESPACES = ("pid", "network", "time")
+# The host's mode of cgroups decides whether a spec asks for this one. The guest always has version 2, where a container
+# finds its own limits, by which many programs size themselves, at the root of its own namespace only.
+_CGROUP_NAMESPACE = "cgroup"
+# What containers ask for by annotations and no guest has.
+_REFUSED_ANNOTATIONS = {
+    "io.katacontainers.container.resource.swappiness": "guests have no swap",
+    "io.katacontainers.container.resource.swap_in_bytes": "guests have no swap",
+    "sgx.intel.com/epc": "guests have no SGX memory",
+}
+# Containers' names in annotations, of containerd and of CRI-O.
+_NAMES = ("io.kubernetes.cri.container-name", "io.kubernetes.cri-o.ContainerName")
+# Where VFIO has its groups and devices.
+_PASSED_THROUGH = "/dev/vfio/"
 
 
 def process_to_proto(raw: dict[str, Any], where: str) -> oci_pb2.Process:
@@ -29,6 +52,7 @@ def process_to_proto(raw: dict[str, Any], where: str) -> oci_pb2.Process:
     """
     message = oci_pb2.Process()
     _fill(message, raw, where)
+    _drop_host_labels(message)
     return message
 
 
@@ -42,9 +66,22 @@ def resources_to_proto(raw: dict[str, Any], where: str) -> oci_pb2.LinuxResource
 
 def _drop_host_resources(resources: oci_pb2.LinuxResources) -> None:
     """Device numbers, I/O weights and net classes name the host's devices; CPUs and memory nodes are the host's too."""
+    privileged = allows_every_device(resources)
     for field in ("Devices", "BlockIO", "Network"):
         resources.ClearField(field)
-    resources.CPU.Cpus = resources.CPU.Mems = ""
+    if privileged:
+        resources.Devices.add(Allow=True, Type="a", Access="rwm")
+    if resources.HasField("CPU"):  # else naming it would make it, with limits of 0
+        resources.CPU.Cpus = resources.CPU.Mems = ""
+
+
+def allows_every_device(resources: oci_pb2.LinuxResources) -> bool:
+    """Whether the last rule about all devices allows them: so it is for privileged containers."""
+    # An absent number is 0 in the message, and -1 means the same.
+    about_all = [
+        rule for rule in resources.Devices if rule.Type in ("", "a") and max(rule.Major, rule.Minor) <= 0
+    ]
+    return bool(about_all) and about_all[-1].Allow
 
 
 def spec_to_proto(raw: dict[str, Any], where: str) -> oci_pb2.Spec:
@@ -52,6 +89,46 @@ def spec_to_proto(raw: dict[str, Any], where: str) -> oci_pb2.Spec:
     message = oci_pb2.Spec()
     _fill(message, raw, where)
     return message
+
+
+def check(spec: oci_pb2.Spec) -> None:
+    """To be asked before anything is prepared for the container.
+
+    Raises:
+        InvalidRequest: it asks for what no container has in a virtual machine.
+    """
+    if any(ns.Type == "user" for ns in spec.Linux.Namespaces):
+        raise InvalidRequest(
+            "user namespaces are not supported: the virtual machine keeps the container's users apart from the host's; "
+            "run it without (Kubernetes: hostUsers: true)"
+        )
+    for name, why in _REFUSED_ANNOTATIONS.items():
+        if name in spec.Annotations:
+            raise InvalidRequest(f"annotation {name}: not supported in this version: {why}; remove it")
+    if allows_every_device(spec.Linux.Resources):
+        return  # it gets the guest's devices, and none of the host's
+    for device in spec.Linux.Devices:
+        if device.Path.startswith(_PASSED_THROUGH):
+            raise InvalidRequest(
+                f"device {device.Path} cannot be passed through: no device of the host reaches a guest in this "
+                "version; run the container without it"
+            )
+
+
+def shared_mounts(spec: oci_pb2.Spec, configured: Iterable[SharedMount]) -> list[agent_pb2.SharedMount]:
+    """Those of the configured mounts that the container sees, by the name that it has in its pod."""
+    named = next((spec.Annotations[key] for key in _NAMES if key in spec.Annotations), "")
+    return [
+        agent_pb2.SharedMount(
+            name=mount.name,
+            src_ctr=mount.src_ctr,
+            src_path=mount.src_path,
+            dst_ctr=mount.dst_ctr,
+            dst_path=mount.dst_path,
+        )
+        for mount in configured
+        if named and mount.dst_ctr == named
+    ]
 
 
 def edit_for_guest(
@@ -63,6 +140,7 @@ def edit_for_guest(
     for key, value in ((CONTAINER_TYPE, container_type), (BUNDLE_PATH, bundle)):
         if key not in spec.Annotations:
             spec.Annotations[key] = value
+    spec.Annotations.pop(_INITDATA, None)
     linux = spec.Linux
     if not keep_seccomp:
         linux.ClearField("Seccomp")
@@ -70,12 +148,45 @@ def edit_for_guest(
     kept = [
         oci_pb2.LinuxNamespace(Type=ns.Type) for ns in linux.Namespaces if ns.Type not in _HOST_NAMESPACES
     ]
+    if not any(ns.Type == _CGROUP_NAMESPACE for ns in kept):
+        kept.append(oci_pb2.LinuxNamespace(Type=_CGROUP_NAMESPACE))
     del linux.Namespaces[:]
     linux.Namespaces.extend(kept)
     _drop_host_resources(linux.Resources)
-    spec.Process.SelinuxLabel = ""
+    if allows_every_device(linux.Resources) and linux.Devices:
+        # All of the host's. The agent gives such a container the guest's instead.
+        log.info("host_devices_left_out", devices=len(linux.Devices))
+        linux.ClearField("Devices")
+    process = spec.Process
+    if process.SelinuxLabel or process.ApparmorProfile:
+        log.info("security_labels_left_out", selinux=process.SelinuxLabel, apparmor=process.ApparmorProfile)
+    _drop_host_labels(process)
     linux.MountLabel = ""
     return joins_pidns
+
+
+def _drop_host_labels(process: oci_pb2.Process) -> None:
+    """Take out the names of the host's security profiles: neither SELinux nor AppArmor has them in the guest."""
+    process.SelinuxLabel = process.ApparmorProfile = ""
+
+
+def is_pods_shm(mount: oci_pb2.Mount, ids: Collection[str]) -> bool:
+    """Whether a mount stands for the pod's /dev/shm, which is the guest's, and is no volume that the user wants there.
+
+    `ids` are the sandbox's and the container's: engines keep the shm that they bind in a directory named by one of
+    these. That of the host stands for the pod's as well.
+    """
+    if mount.destination != "/dev/shm" or mount.type == "ephemeral":  # noqa: S108 - the container's
+        return False
+    if not is_bind(mount) or mount.source == "/dev/shm":  # noqa: S108
+        return True
+    *parents, name = mount.source.split("/")
+    return name == "shm" and not set(ids).isdisjoint(parents)
+
+
+def is_bind(mount: oci_pb2.Mount) -> bool:
+    """Whether it is a bind mount, in any of the ways to say that."""
+    return mount.type == "bind" or not {"bind", "rbind"}.isdisjoint(mount.options)
 
 
 def _fill(message: Message, raw: dict[str, Any], where: str) -> None:

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 RUN_ROOT = "/run/kata-py"
+# In the sandbox's directory: what it was configured with, and why.
+CONFIG_FILE = "config.json"
+# Likewise: the disk with the guest's initial data.
+INITDATA_FILE = "initdata.image"
 # Kata's own place for the directories that the guest sees, so that its tools find them.
 SHARED_ROOT = "/run/kata-containers/shared/sandboxes"
 
@@ -45,6 +49,16 @@ def make_dir(path: str) -> None:
         except FileNotFoundError:
             continue
         return
+
+
+def remove_empty_parents() -> None:
+    """Remove the directories that all sandboxes share when this was the last."""
+    shared = os.path.dirname(SHARED_ROOT)
+    for directory in (SHARED_ROOT, shared, os.path.dirname(shared), RUN_ROOT):
+        try:
+            os.rmdir(directory)
+        except OSError:  # somebody else's, or not there
+            continue
 
 
 def socket_path(socket_dir: str, grpc_address: str, namespace: str, sandbox_id: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
+from shim.errors import InvalidRequest, StateConflict
 from shim.state import State, after
 from ttrpc import RpcError
 
@@ -23,6 +24,8 @@ log = structlog.get_logger()
 UNKNOWN_EXIT_STATUS = 255
 # The agent's answer to a status that is no number of 8 bits is not passed on.
 _STATUS_MASK = 0xFF
+# A terminal's size is two numbers of 16 bits (struct winsize).
+_LONGEST_SIDE = 0xFFFF
 
 
 class Exit(NamedTuple):
@@ -44,6 +47,8 @@ class Process:
         self.pid = pid
         self.state = State.CREATED
         self.lock = asyncio.Lock()
+        # Its end as soon as it is seen. `exited` is set when it may be told: its output comes first, and other exits.
+        self.seen: Exit | None = None
         self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self._io = io
         self._guest = guest
@@ -53,15 +58,20 @@ class Process:
         self._settled.set()
         self._waiter: asyncio.Task[None] | None = None
 
-    def watch(self, on_exit: Callable[[Process, Exit], None]) -> None:
-        """Follow the process in the guest until it ends; it must exist there."""
+    @property
+    def starting(self) -> bool:
+        """Whether its start is under way."""
+        return not self._settled.is_set()
+
+    def watch(self, on_exit: Callable[[Process], None]) -> None:
+        """Follow the process in the guest, where it must exist, until its end is `seen`, or never will be."""
         self._waiter = asyncio.create_task(self._wait(on_exit), name=f"wait for {self.what}")
 
     async def start(self, on_started: Callable[[], None]) -> None:
         """Run it; `on_started` is called before anybody can learn of its end.
 
         Raises:
-            StateConflict: it is not in the created state.
+            StateConflict: it is not in the created state, or has been given up while it was being started.
             InvalidRequest: its stdin cannot be opened.
             RpcError: the guest refused.
         """
@@ -70,8 +80,8 @@ class Process:
         try:
             self._io.open_stdin()
             await self._guest.start()
-            if self.exited.done():  # the machine ended meanwhile: what has ended is not started any more
-                return
+            if self.exited.done():
+                raise StateConflict(f"cannot start {self.what}: its container ended meanwhile")
             self.state = running
             on_started()
         except BaseException:
@@ -89,7 +99,20 @@ class Process:
         await self._guest.signal(number)
 
     async def resize(self, width: int, height: int) -> None:
-        """Resize the terminal, now or when the process starts."""
+        """Resize the terminal, now or when the process starts; without a terminal there is nothing to do.
+
+        Raises:
+            InvalidRequest: no terminal can have this size.
+            StateConflict: the process has ended.
+        """
+        if max(width, height) > _LONGEST_SIDE:
+            raise InvalidRequest(
+                f"cannot resize the terminal of {self.what} to {width}x{height}: at most {_LONGEST_SIDE} each way"
+            )
+        if self.state is State.STOPPED:
+            raise StateConflict(f"cannot resize the terminal of {self.what}: it is stopped")
+        if not self.stdio.terminal:
+            return
         self._size = (width, height)
         if self.state is not State.CREATED or not self.exec_id:
             await self._guest.resize(width, height)
@@ -120,20 +143,18 @@ class Process:
 
     async def aclose(self, *, guest_alive: bool) -> None:
         """Let go of streams and tasks. With a living guest, output still under way is delivered first."""
-        if guest_alive:
-            await self._io.aclose()
-        else:
-            self._io.abort()
+        await self._io.aclose(drain=guest_alive)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.cancel()
             await asyncio.gather(self._waiter, return_exceptions=True)
 
-    async def _wait(self, on_exit: Callable[[Process, Exit], None]) -> None:
+    async def _wait(self, on_exit: Callable[[Process], None]) -> None:
         try:
             status = await self._guest.wait() & _STATUS_MASK
+            self.seen = Exit(status, time.time_ns())
         except RpcError as err:
             log.info("exit_status_unknown", process=self.what, error=str(err))
-            status = UNKNOWN_EXIT_STATUS
-        end = Exit(status, time.time_ns())
         await self._settled.wait()
-        on_exit(self, end)
+        if self.seen is not None:
+            await self._io.settle()
+        on_exit(self)

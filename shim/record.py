@@ -8,12 +8,14 @@ import json
 import os
 
 from shim import paths
+from shim.procfs import stat_fields
 
 _FILE = "record.json"
 
 
 class Record:
-    """The daemon of one sandbox and the programs it started, as (pid, start time in clock ticks) pairs."""
+    """The daemon of one sandbox and the programs it started, as (pid, start time in clock ticks) pairs; and the network
+    namespace with the indices of the interfaces there whose packets go to the guest."""
 
     def __init__(self, namespace: str, bundle: str, socket: str, pid: int, start_time: int) -> None:
         self.namespace = namespace
@@ -22,6 +24,7 @@ class Record:
         self.pid = pid
         self.start_time = start_time
         self.helpers: dict[str, tuple[int, int]] = {}
+        self.network: tuple[str, list[int]] = ("", [])
 
     def daemon_alive(self) -> bool:
         """Whether the daemon that wrote the record still runs."""
@@ -43,6 +46,8 @@ def read(sandbox_id: str) -> Record | None:
         record = Record(
             data["namespace"], data["bundle"], data["socket"], int(data["pid"]), int(data["start_time"])
         )
+        netns, ifindexes = data["network"]
+        record.network = str(netns), [int(ifindex) for ifindex in ifindexes]
         record.helpers = {name: (int(pid), int(start)) for name, (pid, start) in data["helpers"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -52,12 +57,10 @@ def read(sandbox_id: str) -> Record | None:
 def start_time(pid: int) -> int | None:
     """The process's start time in clock ticks since boot; None when it is gone or a zombie."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The command name, in parentheses, may hold anything: count fields from its end. Field 3 is the state.
-            after_name = file.read().rpartition(b")")[2].split()
+        fields = stat_fields(pid)
     except OSError:
         return None
-    return None if after_name[0] in (b"Z", b"X") else int(after_name[19])
+    return None if fields[3] in (b"Z", b"X") else int(fields[22])
 
 
 def is_alive(pid: int, started: int) -> bool:

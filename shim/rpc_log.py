@@ -1,6 +1,7 @@
 """One line in the log for every call of containerd's: which, on what, how it ended and how long it took.
 
-Calls that change something are told at info, the others, which monitoring repeats for ever, at debug.
+Calls that move a container are told at info. What monitoring, probes and terminals repeat for ever is told at debug:
+calls that only look, calls on execs unless they fail, and those about a terminal's size or stdin.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_ONLY_LOOK = frozenset({"State", "Wait", "Pids", "Stats", "Connect"})
+_QUIET = frozenset({
+    "State", "Wait", "Pids", "Stats", "Connect", "ResizePty", "CloseIO",
+    "Platform", "WaitSandbox", "SandboxStatus", "PingSandbox", "SandboxMetrics",
+})  # fmt: skip
 
 
 async def logged(call: Call, request: Any, next_step: Next) -> Any:
@@ -28,7 +32,9 @@ async def logged(call: Call, request: Any, next_step: Next) -> Any:
         ended = f"{type(err).__name__}: {err}"
         raise
     finally:
-        tell = log.debug if call.method in _ONLY_LOOK else log.info
+        of_exec = bool(getattr(request, "exec_id", ""))
+        quiet = call.method in _QUIET or (of_exec and ended == "ok")
+        tell = log.debug if quiet else log.info
         tell(
             "rpc_ended",
             rpc=call.method,

@@ -2,6 +2,9 @@
 
 The machine starts to boot as soon as the daemon runs, before containerd has asked for anything: what a container
 needs on the host is prepared meanwhile. Whatever was acquired is on one stack, and leaves in reverse order.
+
+A sandbox lives as long as its containers: it goes with the last of them. With containerd's Sandbox API, which is
+`shim.pod_sandbox`, it has a life of its own instead: it is there before the first container and after the last.
 """
 
 from __future__ import annotations
@@ -14,23 +17,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import structlog
 
 from agent_proto.gen import agent_pb2
-from hypervisor.errors import BootFailed
-from shim import agent_log, oci, paths
+from config import ConfigError
+from config.schema import ANNOTATION_PREFIX
+from config.schema.hypervisor import ARCHITECTURES
+from hypervisor.errors import BootFailed, HypervisorError
+from shim import agent_log, architecture, oci, oom, paths, stand_in
 from shim.api.gen import events_pb2
 from shim.bundle import Bundle
 from shim.container import Container
-from shim.errors import AlreadyExists, GuestUnreachable, NotFound
+from shim.errors import AlreadyExists, GuestUnreachable, InvalidRequest, NotFound, NotSupported, StateConflict
+from shim.guest import Guest, GuestContainer
 from shim.io import ProcessIO
+from shim.liveness import Liveness
+from shim.log import number_of
 from shim.process import UNKNOWN_EXIT_STATUS, Exit
 from shim.share import GUEST_ROOT, TAG
-from shim.vmspec import wants_agent_log
-from ttrpc import ConnectionClosed, RpcError
+from shim.vmspec import shares_by_9p, wants_agent_log
+from ttrpc import Code, ConnectionClosed, RpcError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Coroutine, Sequence
+    from collections.abc import Awaitable, Coroutine, Mapping, Sequence
     from pathlib import Path
 
     from agent_proto.client import AgentClient
+    from agent_proto.gen.oci_pb2 import Process as OciProcess
     from agent_proto.gen.oci_pb2 import Spec as OciSpec
     from hypervisor.qemu.machine import Machine
     from shim.api.gen.types_pb2 import Mount as ProtoMount
@@ -60,19 +70,36 @@ class CreateRequest(NamedTuple):
 
 
 class Sandbox:
-    """The VM and its containers. All methods belong to the event loop's thread."""
+    """The VM and its containers. All methods belong to the event loop's thread.
 
-    def __init__(self, sandbox_id: str, boot: Boot, share: SharedDir, events: Publisher) -> None:
+    `outlives_containers` says that only `stop` ends it; `etc` are then the files of /etc that containers get which do
+    not bring their own, by the containers' path. `ended` is set when the machine has died or has been stopped.
+    """
+
+    def __init__(
+        self,
+        sandbox_id: str,
+        boot: Boot,
+        share: SharedDir,
+        events: Publisher,
+        *,
+        namespace: str,
+        outlives_containers: bool,
+    ) -> None:
         self.id = sandbox_id
+        self.outlives_containers = outlives_containers
+        self.etc: Mapping[str, Path] = {}
+        self.ended: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self._boot = boot
         self._share = share
         self._events = events
+        self._namespace = namespace
         self._containers: dict[str, Container] = {}
         self._creating: set[str] = set()
         self._resources = AsyncExitStack()
         self._background: set[asyncio.Task[None]] = set()
         self._machine: Machine | None = None
-        self._agent: AgentClient | None = None
+        self._inside: Guest | None = None
         self._up: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
@@ -94,9 +121,28 @@ class Sandbox:
             raise NotFound(f"no container {container_id} in sandbox {self.id}") from None
 
     @property
-    def empty(self) -> bool:
-        """Whether no container exists or is being made."""
-        return not self._containers and not self._creating
+    def containers(self) -> Sequence[Container]:
+        """All containers, the oldest first."""
+        return list(self._containers.values())
+
+    @property
+    def processes(self) -> Mapping[str, int]:
+        """Pids of the programs that make up the machine, by name; none while there is no machine."""
+        return dict(self._machine.pids) if self._machine else {}
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the guest has been set up; `ended` says whether it still is."""
+        return self._inside is not None
+
+    @property
+    def needed(self) -> bool:
+        """Whether somebody still counts on it: a container, also one that is being made, or the Sandbox API."""
+        return self.outlives_containers or bool(self._containers or self._creating)
+
+    async def wait_until_up(self) -> None:
+        """Wait for what `bring_up` began. Raises GuestUnreachable, HypervisorError, RpcError (the agent)."""
+        await self._guest()
 
     async def create_container(self, request: CreateRequest) -> Container:
         """Make a container in the guest; the first waits for the guest to be up.
@@ -116,11 +162,12 @@ class Sandbox:
         return container
 
     async def delete_container(self, container: Container) -> None:
-        """Remove a container that has ended. With the last one goes the guest: `stop` is begun, not awaited."""
-        last = set(self._containers) == {container.id} and not self._creating
+        """Remove a container that has ended. When nobody else needs the guest it goes too: `stop` is begun, not
+        awaited."""
+        last = set(self._containers) == {container.id} and not self._creating and not self.outlives_containers
         await container.delete(remove_in_guest=not last)
         self._containers.pop(container.id, None)
-        if self.empty:
+        if not self.needed:
             self._begin_stop()
 
     async def stop(self) -> None:
@@ -133,55 +180,122 @@ class Sandbox:
         return self._stopping
 
     async def _stop(self) -> None:
+        await self._let_go()
+        self._end_all()
+        await self._resources.aclose()
+        await self._boot.aclose()
+        self._set_ended(0)
+        log.info("sandbox_stopped")
+
+    async def _let_go(self) -> None:
+        """End whatever talks to the guest in the background."""
         for task in (self._up, *self._background):
             if task is not None and not task.done():
                 task.cancel()
         await asyncio.gather(*filter(None, (self._up, *self._background)), return_exceptions=True)
-        self._end_all()
-        await self._resources.aclose()
-        await self._boot.aclose()
-        log.info("sandbox_stopped")
 
     async def _create(self, request: CreateRequest) -> Container:
         if self._boot.failure is not None:
             raise self._boot.failure
+        if self._up is None:
+            raise StateConflict(f"sandbox {self.id} has not been started: containers come after that")
         bundle = self._boot.bundle
-        if request.bundle != bundle.path:
+        if bundle is None or request.bundle != bundle.path:
             bundle = Bundle.load(request.container_id, request.bundle)
+        stand_in.put_in_place(bundle.path)
         what = f"container {request.container_id}"
         spec = oci.spec_to_proto(bundle.raw, "config.json")
+        oci.check(spec)
+        if self._boot.config.hypervisor.confidential_guest:
+            raise InvalidRequest(
+                f"{what}: its root file system cannot reach a confidential guest: no files are shared with it, and in "
+                "this version images are pulled by the host; run it in a guest without confidential_guest"
+            )
         with ExitStack() as undo:
-            io = ProcessIO(request.stdio, what)
+            io = await ProcessIO.open(
+                request.stdio, what, owner=request.container_id, namespace=self._namespace
+            )
             undo.callback(io.abort)
             rootfs = self._share.add_rootfs(request.container_id, request.rootfs, bundle.rootfs, undo)
+            await self._suit(request.container_id, spec.Process)
             joins_pidns = oci.edit_for_guest(
                 spec,
                 rootfs=rootfs,
-                container_type=_container_type(bundle),
+                container_type="pod_container" if self.outlives_containers else _container_type(bundle),
                 bundle=str(bundle.path),
                 keep_seccomp=not self._boot.config.runtime.disable_guest_seccomp,
             )
+            if spec.Linux.HasField("Seccomp"):
+                architecture.fit_seccomp(spec.Linux.Seccomp, self._boot.config.hypervisor.machine_type)
+            self._add_pod_settings(spec)
             self._share_mounts(spec, bundle, undo)
-            agent, machine = await self._guest()
+            guest, machine = await self._guest()
             message = agent_pb2.CreateContainerRequest(
                 container_id=request.container_id,
                 exec_id=request.container_id,
                 OCI=spec,
                 sandbox_pidns=joins_pidns,
+                shared_mounts=oci.shared_mounts(spec, self._boot.config.runtime.shared_mounts),
             )
-            await _answered(agent.create_container(message), machine)
+            try:
+                await _answered(guest.agent.create_container(message), machine)
+            except RpcError as err:
+                if err.code is Code.DEADLINE_EXCEEDED:
+                    self._in_background(_forget(guest.agent, request.container_id), f"forget {what}")
+                raise
             container = Container(
                 request.container_id,
                 bundle.path,
-                agent=agent,
+                guest=GuestContainer(guest, request.container_id),
                 events=self._events,
-                pid=machine.pid,
+                namespace=self._namespace,
                 stdio=request.stdio,
                 io=io,
                 undo=undo.pop_all(),
             )
         self._publish_create(request, machine.pid)
         return container
+
+    async def _suit(self, container_id: str, process: OciProcess) -> None:
+        """See to it that the machine runs the container's program: for the first container's it is replaced.
+
+        Raises:
+            InvalidRequest: it cannot be; says why.
+        """
+        boot = self._boot
+        ours = boot.config.hypervisor.machine_type
+        theirs = architecture.machine_type_for(str(self._share.rootfs(container_id)), process)
+        if theirs in (None, ours) or self.ended.done():
+            return
+        what = f"container {container_id} is for {ARCHITECTURES[theirs]}"
+        if reason := self._why_no_other_machine(theirs):
+            raise InvalidRequest(
+                f"{what}, the machine of sandbox {self.id} for {ARCHITECTURES[ours]}: {reason}"
+            )
+        try:
+            plan = boot.planned(boot.pod, theirs)
+        except (ConfigError, HypervisorError) as err:
+            reason = err.in_one_line() if isinstance(err, ConfigError) else str(err)
+            raise InvalidRequest(f"{what}, and there is no machine for that: {reason}") from err
+        log.info("machine_replaced", reason=what, machine_type=theirs, instead_of=ours)
+        await self._let_go()
+        await self._resources.aclose()
+        self._machine = self._inside = None
+        await boot.replace(plan)
+        if self._stopping is not None:
+            raise GuestUnreachable(f"sandbox {self.id} is stopping")
+        self.bring_up()
+
+    def _why_no_other_machine(self, machine_type: str) -> str:
+        """Why the machine has to stay as it is, and what to do; empty when it may be replaced."""
+        if origin := self._boot.machine_type_set_by:
+            return f"machine_type is set by {origin}; leave it out, or set it to {machine_type}"
+        if self._containers or len(self._creating) > 1:
+            return "all containers of a pod are of one architecture"
+        if self.outlives_containers:
+            key = f"{ANNOTATION_PREFIX}config.hypervisor.machine_type"
+            return f"it is there before its containers; annotate the pod with {key}: {machine_type}"
+        return ""
 
     def _publish_create(self, request: CreateRequest, pid: int) -> None:
         stdin, stdout, stderr, terminal = request.stdio
@@ -195,36 +309,51 @@ class Sandbox:
             )
         )
 
+    def _add_pod_settings(self, spec: OciSpec) -> None:
+        """Give the container what the pod's first container brings where there is one: /etc files and sysctls."""
+        mounted = {mount.destination for mount in spec.Mounts}
+        access = "ro" if spec.Root.Readonly else "rw"
+        for destination, file in self.etc.items():
+            if destination not in mounted:
+                options = ["rbind", "rprivate", access]
+                spec.Mounts.add(destination=destination, type="bind", source=str(file), options=options)
+        for name, value in self._boot.pod.sysctls.items():
+            if name not in spec.Linux.Sysctl:
+                spec.Linux.Sysctl[name] = value
+
     def _share_mounts(self, spec: OciSpec, bundle: Bundle, undo: ExitStack) -> None:
         """Make host directories and files of the spec's mounts reachable in the guest, and name them so."""
         for mount in spec.Mounts:
-            if mount.destination == "/dev/shm" and mount.type != "ephemeral":  # noqa: S108 - the container's
+            if oci.is_pods_shm(mount, (self.id, bundle.container_id)):
                 mount.type, mount.source = "bind", f"{_SANDBOX_DIR}/shm"
                 mount.options[:] = ["rbind"]
-            elif mount.type == "bind" or {"bind", "rbind"} & set(mount.options):
+            elif oci.is_bind(mount):
                 # A relative source is relative to the bundle (runtime-spec config.md, "Mounts").
                 source = str(bundle.path / mount.source)
-                mount.source = self._share.add_volume(source, readonly="ro" in mount.options, undo=undo)
+                mount.source, inherited = self._share.add_volume(source, mount.options, undo)
+                mount.options.extend(inherited)
                 mount.type = "bind"
 
-    async def _guest(self) -> tuple[AgentClient, Machine]:
+    async def _guest(self) -> tuple[Guest, Machine]:
         if self._up is None or self._stopping is not None:
             raise GuestUnreachable(f"sandbox {self.id} is stopping")
         await asyncio.wait([self._up])
         if self._up.cancelled():
             raise GuestUnreachable(f"sandbox {self.id} is stopping")
         self._up.result()
-        if self._agent is None or self._machine is None or self._machine.exited.done():
+        if self._inside is None or self._machine is None or self._machine.exited.done():
             raise GuestUnreachable(f"the virtual machine of sandbox {self.id} is gone")
-        return self._agent, self._machine
+        return self._inside, self._machine
 
     async def _bring_up(self, boot: Boot) -> None:
         try:
             await self._bring_up_guest(boot)
-        except BootFailed as err:
-            # The directory with the guest's console goes with the sandbox: what it said last is kept here.
-            console = [line[:_CONSOLE_COLUMNS] for line in err.console_tail[-_CONSOLE_LINES:]]
-            log.error("guest_not_up", reason=str(err), console=console, qemu=list(err.stderr_tail))
+        except Exception as err:
+            self._set_ended(UNKNOWN_EXIT_STATUS)
+            if isinstance(err, BootFailed):
+                # The directory with the guest's console goes with the sandbox: what it said last is kept here.
+                console = [line[:_CONSOLE_COLUMNS] for line in err.console_tail[-_CONSOLE_LINES:]]
+                log.error("guest_not_up", reason=str(err), console=console, qemu=list(err.stderr_tail))
             raise
 
     async def _bring_up_guest(self, boot: Boot) -> None:
@@ -233,18 +362,28 @@ class Sandbox:
             self._machine = machine
             agent = await undo.enter_async_context(boot.agent(machine))
             if policy := boot.config.agent.policy:
-                await _answered(agent.set_policy(agent_pb2.SetPolicyRequest(policy=policy)), machine)
+                await _set_policy(agent, policy, machine)
+            await _answered(boot.network.tell(agent), machine)
             await _answered(agent.create_sandbox(self._create_sandbox_request()), machine)
             self._resources = undo.pop_all()
-        self._agent = agent
+        self._inside = Guest(agent, machine.pid, self._liveness(agent, machine))
         self._in_background(self._watch_machine(machine), "watch machine")
-        self._in_background(self._watch_oom(agent), "watch for OOM")
+        self._in_background(boot.network.follow(agent, machine), "follow the network")
+        self._in_background(oom.watch(agent, self._containers), "watch for OOM")
         if wants_agent_log(boot.config):
-            self._in_background(agent_log.forward(machine, boot.config.agent.log_port), "agent's log")
+            level = number_of(boot.config.agent.log_level)
+            self._in_background(agent_log.forward(machine, boot.config.agent.log_port, level), "agent's log")
         boot.report()
 
+    def _liveness(self, agent: AgentClient, machine: Machine) -> Liveness:
+        config = self._boot.config
+        return Liveness(
+            agent,
+            None if config.runtime.keep_abnormal else machine.stop,
+            check_s=config.agent.health_check_request_timeout_ms / 1000,
+        )
+
     def _create_sandbox_request(self) -> agent_pb2.CreateSandboxRequest:
-        spec = self._boot.bundle.spec
         storages = [
             agent_pb2.Storage(
                 driver="ephemeral",
@@ -254,21 +393,22 @@ class Sandbox:
                 mount_point=f"{_SANDBOX_DIR}/shm",
             )
         ]
-        if self._boot.config.hypervisor.shared_fs != "none":
-            storages.insert(
-                0,
-                agent_pb2.Storage(
-                    driver="virtio-fs",
-                    source=TAG,
-                    fstype="virtiofs",
-                    options=["nodev"],
-                    mount_point=f"{GUEST_ROOT}/",
-                ),
+        qemu = self._boot.config.hypervisor
+        if qemu.shared_fs != "none":
+            driver, fstype, options = "virtio-fs", "virtiofs", ["nodev"]
+            if shares_by_9p(self._boot.config):
+                driver = fstype = "9p"
+                # With mmap it caches nothing but pages that are mapped: what the host changes is seen.
+                how = ("trans=virtio", "version=9p2000.L", "cache=mmap", f"msize={qemu.msize_9p}")
+                options = ["nodev", *how]
+            share = agent_pb2.Storage(
+                driver=driver, source=TAG, fstype=fstype, options=options, mount_point=f"{GUEST_ROOT}/"
             )
+            storages.insert(0, share)
         words = [module.split() for module in self._boot.config.agent.kernel_modules]
         return agent_pb2.CreateSandboxRequest(
-            hostname=spec.hostname[:64],
-            dns=_dns_lines(self._boot.bundle),
+            hostname=self._boot.pod.hostname[:64],
+            dns=self._boot.pod.dns,
             storages=storages,
             sandbox_id=self.id,
             guest_hook_path=self._boot.config.hypervisor.guest_hook_path,
@@ -284,23 +424,15 @@ class Sandbox:
         end = await asyncio.shield(machine.exited)
         log.error("machine_died", reason=str(end), containers=len(self._containers))
         self._end_all()
+        self._set_ended(UNKNOWN_EXIT_STATUS)
+
+    def _set_ended(self, status: int) -> None:
+        if not self.ended.done():
+            self.ended.set_result(Exit(status, time.time_ns()))
 
     def _end_all(self) -> None:
         for container in self._containers.values():
-            container.guest_died(Exit(UNKNOWN_EXIT_STATUS, time.time_ns()))
-
-    async def _watch_oom(self, agent: AgentClient) -> None:
-        while True:
-            try:
-                event = await agent.get_oom_event(agent_pb2.GetOOMEventRequest())
-            except ConnectionClosed:
-                return
-            except RpcError as err:
-                log.debug("oom_events_unavailable", error=str(err))
-                return
-            if event.container_id in self._containers:
-                log.warning("out_of_memory", container=event.container_id)
-                self._events.publish(events_pb2.TaskOOM(container_id=event.container_id))
+            container.guest_died()
 
 
 async def _answered(call: Awaitable[T], machine: Machine) -> T:
@@ -322,20 +454,34 @@ async def _answered(call: Awaitable[T], machine: Machine) -> T:
         answer.cancel()
 
 
+async def _set_policy(agent: AgentClient, policy: str, machine: Machine) -> None:
+    """Let the agent enforce a policy from now on.
+
+    Raises:
+        NotSupported: it cannot.
+        BootFailed, RpcError: as of any call.
+    """
+    try:
+        await _answered(agent.set_policy(agent_pb2.SetPolicyRequest(policy=policy)), machine)
+    except RpcError as err:
+        if err.code is not Code.UNIMPLEMENTED:
+            raise
+        raise NotSupported(
+            "policy of [agent.kata] is set, and the guest's agent enforces none; remove it, or use a guest that does"
+        ) from err
+
+
+async def _forget(agent: AgentClient, container_id: str) -> None:
+    """Remove a container that the guest may yet finish making, when nobody here waits for it any more."""
+    try:
+        await agent.remove_container(agent_pb2.RemoveContainerRequest(container_id=container_id))
+    except RpcError as err:
+        log.warning("abandoned_container_not_removed", container=container_id, error=str(err))
+
+
 def _container_type(bundle: Bundle) -> str:
     annotations = bundle.spec.annotations
     if bundle.sandbox_id != bundle.container_id:
         return "pod_container"
     in_pod = any(annotations.get(key) in ("sandbox", "podsandbox") for key, _ in paths.POD_ANNOTATIONS)
     return "pod_sandbox" if in_pod else "single_container"
-
-
-def _dns_lines(bundle: Bundle) -> list[str]:
-    for mount in bundle.spec.mounts:
-        if mount.destination == "/etc/resolv.conf" and mount.source:
-            try:
-                with open(mount.source) as file:
-                    return file.read(65536).split("\n")
-            except (OSError, UnicodeDecodeError) as err:
-                log.warning("resolv_conf_unreadable", path=mount.source, error=str(err))
-    return []

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shim import log, mounts, paths, record
+from shim import cleanup, log, mounts, paths, record
 from shim.share import SharedDir
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def serve(bootstrap: Bootstrap, listener_fd: int, socket_path: str) -> int:
         sandbox=bootstrap.id,
         namespace=bootstrap.namespace,
     )
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    for number in (signal.SIGPIPE, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     asyncio.run(_serve(bootstrap, listener_fd, socket_path, started_at))
     return 0
 
@@ -67,10 +68,10 @@ class HostState:
         Raises:
             OSError: not allowed, or the place is taken.
         """
-        mounts.enter_private_mount_namespace()
+        host_mounts = mounts.enter_private_mount_namespace()
         paths.make_dir(str(self.run_dir))
         self._record.write(self.sandbox_id)
-        self.share.create()
+        self.share.create(host_mounts)
 
     def remember_helpers(self, pids: dict[str, int]) -> None:
         """Add helper programs to the record."""
@@ -78,12 +79,15 @@ class HostState:
             self._record.helpers[name] = (pid, record.start_time(pid) or 0)
         self._record.write(self.sandbox_id)
 
+    def remember_network(self, netns: Path, ifindexes: list[int]) -> None:
+        """Add to the record the interfaces of the pod that something of ours is put on."""
+        self._record.network = (str(netns), ifindexes)
+        self._record.write(self.sandbox_id)
+
     def remove(self) -> None:
         """Leave nothing behind. Harmless when repeated."""
-        from shim import cleanup
-
         self.share.remove()
         if self.run_dir.exists():
             cleanup.remove_tree(str(self.run_dir))
-        cleanup.remove_empty_parents()
+        paths.remove_empty_parents()
         Path(self._socket_path).unlink(missing_ok=True)

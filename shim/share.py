@@ -8,6 +8,7 @@ Kata's: the guest's agent finds things by these paths.
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from shim import cleanup, mounts, paths
 from shim.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from contextlib import ExitStack
 
     from shim.api.gen.types_pb2 import Mount as ProtoMount
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 TAG = "kataShared"
 GUEST_ROOT = "/run/kata-containers/shared/containers"
 _BASENAME_BYTES = 64
+_READ_ONLY = frozenset({"ro", "rro"})
+_FOLLOWING = frozenset({"slave", "rslave", "shared", "rshared"})
 GUEST_PASSTHROUGH = f"{GUEST_ROOT}/passthrough"
+# Snapshotters describe images in options of mounts when Kata's agent is to mount these.
+_GUESTS_OPTION = "io.katacontainers."
 
 
 class SharedDir:
@@ -33,20 +38,23 @@ class SharedDir:
         self._base = Path(paths.shared_dir(sandbox_id))
         self._passthrough = self._base / "rw" / "passthrough"
         self.exported = self._base / "ro"
+        self._host_mounts: int | None = None
 
-    def create(self) -> None:
-        """Make the directories and join them by mount propagation.
+    def create(self, host_mounts: int | None = None) -> None:
+        """Make the directories and join them by mount propagation. `host_mounts` is a descriptor of the mount namespace
+        that sources are looked for in, None is this process's own.
 
         Raises:
             OSError: a directory or mount could not be made.
         """
         rw = self._base / "rw"
+        self._host_mounts = host_mounts
         paths.make_dir(str(self._base))
         self._passthrough.mkdir(parents=True, mode=0o755)
         self.exported.mkdir()
         mounts.bind(str(rw), str(rw))
         mounts.mount("", str(rw), "", mounts.MS_SHARED)
-        mounts.bind(str(rw), str(self.exported))
+        mounts.mount(str(rw), str(self.exported), "", mounts.MS_BIND)
         mounts.mount("", str(self.exported), "", mounts.MS_SLAVE)
         # A daemon in a mount namespace of its own sees later mounts only through a shared one.
         mounts.mount("", str(self.exported), "", mounts.MS_SHARED)
@@ -69,47 +77,105 @@ class SharedDir:
             OSError: the kernel refused a mount.
             InvalidRequest: there is no root file system at all.
         """
-        target = self._passthrough / container_id / "rootfs"
+        target = self.rootfs(container_id)
         target.mkdir(parents=True)
         undo.callback(target.parent.rmdir)
         undo.callback(target.rmdir)
         for mount in rootfs:
-            place = os.path.normpath(f"{target}/{mount.target}")
-            if place != str(target) and not place.startswith(f"{target}/"):
-                raise InvalidRequest(
-                    f"rootfs mount of container {container_id} points outside: {mount.target}"
-                )
-            # One detaching per mount: they may lie on top of each other.
-            undo.callback(mounts.detach, place)
-            mounts.mount_with_options(mount.type, mount.source, place, list(mount.options))
+            for option in mount.options:
+                if option.startswith(_GUESTS_OPTION):
+                    raise InvalidRequest(
+                        f"the root file system of container {container_id} has the option {option.split('=')[0]}, "
+                        "of an image that its guest is to mount: not supported in this version; use another snapshotter"
+                    )
+            # Inside of what is mounted there already, whose symlinks must not lead anywhere else.
+            place = mounts.path_in_root(str(target), mount.target or ".")
+            # One detaching per mount: they may lie on top of each other. What lies below goes with them.
+            undo.callback(mounts.detach, str(target))
+            mounts.mount_with_options(
+                mount.type, mount.source, place, list(mount.options), namespace=self._host_mounts
+            )
         if not rootfs:
             if not directory.is_dir():
                 raise InvalidRequest(
                     f"container {container_id} has no root file system: {directory} does not exist"
                 )
             undo.callback(mounts.detach, str(target))
-            mounts.bind(str(directory), str(target), recursive=True)
+            mounts.bind(str(directory), str(target), recursive=True, namespace=self._host_mounts)
         return f"{GUEST_PASSTHROUGH}/{container_id}/rootfs"
 
-    def add_volume(self, source: str, *, readonly: bool, undo: ExitStack) -> str:
-        """Bind a host file or directory into the share; returns the guest's path of it.
+    def rootfs(self, container_id: str) -> Path:
+        """Where `add_rootfs` has put it, on the host."""
+        return self._passthrough / container_id / "rootfs"
+
+    def add_volume(
+        self, source: str, options: Collection[str], undo: ExitStack
+    ) -> tuple[str, tuple[str, ...]]:
+        """Bind a host file or directory into the share. Returns the guest's path of it, and options of the host's mount
+        that a bind mount of it has as well, but the guest cannot know.
+
+        Of the mount's `options`, those count here that the host has to see to: whether the guest may write, and
+        whether mounts that the host makes later below a directory show up in it.
 
         Raises:
             InvalidRequest: the source does not exist.
             OSError: the kernel refused the mount.
         """
+        try:
+            tree = mounts.clone(
+                source,
+                recursive=True,
+                flags=0 if _READ_ONLY.isdisjoint(options) else mounts.MS_RDONLY,
+                follow=not _FOLLOWING.isdisjoint(options),
+                namespace=self._host_mounts,
+            )
+        except (FileNotFoundError, NotADirectoryError) as err:
+            raise InvalidRequest(
+                f"cannot mount {source} into the container: it does not exist on the host"
+            ) from err
+        try:
+            inherited = mounts.restrictions(tree)
+            target = self._make_mount_point(Path(source).name, os.fstat(tree), undo)
+            undo.callback(mounts.detach, str(target))
+            mounts.attach(tree, str(target))
+        finally:
+            os.close(tree)
+        return f"{GUEST_PASSTHROUGH}/{target.name}", inherited
+
+    def add_sandbox_mounts(self, entries: Sequence[str]) -> None:
+        """Bind host paths that every container's guest sees; each is `PATH:ro` or `PATH:rw`. They stay until `remove`.
+
+        Raises:
+            OSError: one is not there any more, or the kernel refused the mount.
+        """
+        folder = self._passthrough / "sandbox-mounts"
+        folder.mkdir()
+        for path, _, access in (entry.rpartition(":") for entry in entries):
+            tree = mounts.clone(
+                path,
+                recursive=True,
+                flags=mounts.MS_RDONLY if access == "ro" else 0,
+                namespace=self._host_mounts,
+            )
+            try:
+                target = folder / Path(path).name
+                _make_like(os.fstat(tree), target)
+                mounts.attach(tree, str(target))
+            finally:
+                os.close(tree)
+
+    def _make_mount_point(self, name: str, source: os.stat_result, undo: ExitStack) -> Path:
         # A name may have 255 bytes; the end of a long one tells more, and the random part makes it unique.
-        basename = os.fsencode(Path(source).name or "root")[-_BASENAME_BYTES:].decode(errors="replace")
-        name = f"sandbox-{os.urandom(4).hex()}-{basename}"
-        target = self._passthrough / name
-        if os.path.isdir(source):
-            target.mkdir()
-            undo.callback(target.rmdir)
-        elif os.path.exists(source):
-            target.touch(exist_ok=False)
-            undo.callback(target.unlink)
-        else:
-            raise InvalidRequest(f"cannot mount {source} into the container: it does not exist on the host")
-        undo.callback(mounts.detach, str(target))
-        mounts.bind(source, str(target), recursive=True, flags=mounts.MS_RDONLY if readonly else 0)
-        return f"{GUEST_PASSTHROUGH}/{name}"
+        basename = os.fsencode(name or "root")[-_BASENAME_BYTES:].decode(errors="replace")
+        target = self._passthrough / f"sandbox-{os.urandom(4).hex()}-{basename}"
+        _make_like(source, target)
+        undo.callback(target.rmdir if stat.S_ISDIR(source.st_mode) else target.unlink)
+        return target
+
+
+def _make_like(source: os.stat_result, target: Path) -> None:
+    """A directory to mount a directory on, or a file for anything else."""
+    if stat.S_ISDIR(source.st_mode):
+        target.mkdir()
+    else:
+        target.touch(exist_ok=False)

@@ -32,22 +32,23 @@ def start(flags: "Flags") -> None:
     if not paths.valid_id(boot.id) or not boot.namespace:
         raise ValueError(f"need -id and -namespace, got id {boot.id!r} in namespace {boot.namespace!r}")
     boot.read_stdin(read_stdin())
-    sandbox_id = read_sandbox_id(bundle, boot.id)
+    sandbox_id = boot.id if boot.sandbox_api else read_sandbox_id(bundle, boot.id)
     path = paths.socket_path(boot.socket_dir, boot.grpc_address, boot.namespace, sandbox_id)
+    # First of all: a full disk must be met before there is a daemon that nobody would know of.
+    _write_file(f"{bundle}/address", f"unix://{path}")
     if sandbox_id == boot.id:
         listener = _bind(path, boot.socket_dir)
         if listener is not None:
             try:
                 _refuse_second_owner(sandbox_id, path)
+                _fork_daemon(boot, listener, path)
             except (OSError, ValueError):
                 os.unlink(path)
                 raise
-            _fork_daemon(boot, listener, path)
     elif not is_listening(path):
         raise ValueError(
             f"sandbox {sandbox_id} of container {boot.id} is not running: start its sandbox first"
         )
-    _write_file(f"{bundle}/address", f"unix://{path}")
     _answer(boot, path)
 
 
@@ -82,6 +83,7 @@ def _bind(path: str, socket_dir: str) -> int | None:
     import _socket
 
     os.makedirs(socket_dir, mode=0o711, exist_ok=True)
+    lock = _lock(socket_dir)
     sock = _socket.socket(_AF_UNIX, _SOCK_STREAM | _SOCK_CLOEXEC)
     old_mask = os.umask(0o177)
     try:
@@ -91,15 +93,41 @@ def _bind(path: str, socket_dir: str) -> int | None:
             if not os.path.lexists(path):
                 raise
             if is_listening(path):
+                sock.close()
                 return None
             os.unlink(path)
             sock.bind(path)
+        sock.listen(_SOCKET_BACKLOG)
     except OSError as err:
+        sock.close()
         raise OSError(f"cannot listen on {path}: {err.strerror or err}") from err
     finally:
         os.umask(old_mask)
-    sock.listen(_SOCKET_BACKLOG)
+        os.close(lock)
     return sock.detach()
+
+
+def _lock(folder: str) -> int:
+    """A lock on the sockets of a folder, until the descriptor is closed: a socket that is bound and does not listen
+    yet looks like that of a dead shim, and must not be seen by others."""
+    import fcntl
+
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def remove_dead_socket(path: str) -> None:
+    """Unlink a socket that nobody listens on any more. Harmless when it is not there."""
+    try:
+        lock = _lock(os.path.dirname(path))
+    except FileNotFoundError:
+        return
+    try:
+        if os.path.lexists(path) and not is_listening(path):
+            os.unlink(path)
+    finally:
+        os.close(lock)
 
 
 def is_listening(path: str) -> bool:
@@ -107,8 +135,11 @@ def is_listening(path: str) -> bool:
     import _socket
 
     probe = _socket.socket(_AF_UNIX, _SOCK_STREAM | _SOCK_CLOEXEC)
+    probe.setblocking(False)
     try:
         probe.connect(path)
+    except BlockingIOError:  # the queue of a busy shim is full
+        return True
     except OSError:
         return False
     finally:
@@ -165,14 +196,18 @@ def _answer(boot: Bootstrap, path: str) -> None:
 
         # BootstrapResult: version, address, protocol. Version 3 is Task v3 and the Sandbox API.
         os.write(1, int_field(1, 3) + bytes_field(2, address) + bytes_field(3, "ttrpc"))
+    elif boot.answers_version_3:
+        # With anything less containerd would start a shim of its own for each container of the sandbox.
+        os.write(1, f'{{"version":3,"address":"{address}","protocol":"ttrpc"}}'.encode())
     else:
-        # Every containerd from 1.6 on reads a plain address, and takes it to mean ttRPC and Task v2.
+        # Every containerd from 1.6 on reads a plain address, and takes it to mean ttRPC and Task v2. Up to 2.2 all of
+        # them ask in the same words, and 1.7 refuses version 3: only the Sandbox API tells 2.x from 1.x.
         os.write(1, address.encode())
 
 
 def _write_file(path: str, text: str) -> None:
     """Write atomically: containerd reads this file when it restarts, and must not see half of it."""
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"  # other starts of the same pod may do the same at the same time
     with open(temporary, "w") as file:
         file.write(text)
     os.rename(temporary, path)

@@ -14,6 +14,8 @@ class State(Enum):
     RUNNING = 2
     STOPPED = 3
     PAUSED = 4
+    # Told while a pause is under way; no process is ever in it.
+    PAUSING = 5
 
 
 MOVES = {

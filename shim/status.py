@@ -19,6 +19,7 @@ RPC_CODES: Mapping[str, Code] = {
     "StateConflict": Code.FAILED_PRECONDITION,
     "InvalidRequest": Code.INVALID_ARGUMENT,
     "GuestUnreachable": Code.UNAVAILABLE,
+    "NetworkNotMirrored": Code.FAILED_PRECONDITION,
     "NotSupported": Code.UNIMPLEMENTED,
     "TimeoutError": Code.DEADLINE_EXCEEDED,
     "ConfigError": Code.INVALID_ARGUMENT,

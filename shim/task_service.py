@@ -12,26 +12,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
-from google.protobuf.any_pb2 import Any as ProtoAny
+import structlog
 from google.protobuf.empty_pb2 import Empty
 
 from shim import VERSION, oci, stats
 from shim.api.gen import task_types_pb2
 from shim.api.gen import task_v3_pb2 as pb
-from shim.errors import InvalidRequest, NotSupported
-from shim.events import timestamp
+from shim.errors import InvalidRequest, NotFound, NotSupported
 from shim.io import Stdio
 from shim.sandbox import CreateRequest
-from shim.state import State
+from shim.status import one_line
+from shim.well_known import packed, timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Mapping
+
+    from google.protobuf.any_pb2 import Any as ProtoAny
 
     from shim.process import Process
     from shim.sandbox import Sandbox
     from ttrpc import Call
 
 T = TypeVar("T")
+log = structlog.get_logger()
 _JSON = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -55,10 +58,15 @@ class TaskService:
 
     async def _to_the_end(self, verb: Coroutine[Any, Any, T]) -> T:
         """Run a verb that changes something to its end, also when the caller's connection breaks meanwhile."""
-        task = asyncio.create_task(verb)
+        task = asyncio.create_task(verb, name=getattr(verb, "__qualname__", ""))
         self._verbs.add(task)
         task.add_done_callback(self._verbs.discard)
-        return await asyncio.shield(task)
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            task.add_done_callback(_tell_failure)
+            raise
+        return task.result()
 
     async def create(self, req: pb.CreateTaskRequest, call: Call) -> pb.CreateTaskResponse:
         if req.checkpoint:
@@ -98,15 +106,12 @@ class TaskService:
         process = container.process(req.exec_id)
         status, exited_at = _exit_of(process)
         stdin, stdout, stderr, terminal = process.stdio
-        state = process.state
-        if process is not container.init and state is State.RUNNING and container.init.state is State.PAUSED:
-            state = State.PAUSED
         return pb.StateResponse(
             id=req.id,
             exec_id=process.exec_id,
             bundle=str(container.bundle),
             pid=process.pid,
-            status=task_types_pb2.Status.ValueType(state.value),
+            status=task_types_pb2.Status.ValueType(container.state_of(process).value),
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
@@ -122,7 +127,8 @@ class TaskService:
         return pb.WaitResponse(exit_status=status, exited_at=exited_at)
 
     async def kill(self, req: pb.KillRequest, call: Call) -> Empty:
-        await self._sandbox.container(req.id).kill(req.exec_id, req.signal)
+        container = self._sandbox.container(req.id)
+        await self._to_the_end(container.kill(req.exec_id, req.signal, to_all=req.all))
         return Empty()
 
     async def pause(self, req: pb.PauseRequest, call: Call) -> Empty:
@@ -138,14 +144,14 @@ class TaskService:
         return Empty()
 
     async def close_io(self, req: pb.CloseIORequest, call: Call) -> Empty:
+        process = self._sandbox.container(req.id).process(req.exec_id)
         if req.stdin:
-            self._sandbox.container(req.id).process(req.exec_id).close_stdin()
+            process.close_stdin()
         return Empty()
 
     async def pids(self, req: pb.PidsRequest, call: Call) -> pb.PidsResponse:
-        container = self._sandbox.container(req.id)
-        running = [p for p in container.processes if p.state in (State.CREATED, State.RUNNING, State.PAUSED)]
-        infos = [task_types_pb2.ProcessInfo(pid=p.pid, info=_details(p.exec_id)) for p in running]
+        found = await self._sandbox.container(req.id).pids()
+        infos = [task_types_pb2.ProcessInfo(pid=pid, info=_details(exec_id)) for pid, exec_id in found]
         return pb.PidsResponse(processes=infos)
 
     async def stats(self, req: pb.StatsRequest, call: Call) -> pb.StatsResponse:
@@ -153,8 +159,9 @@ class TaskService:
         return pb.StatsResponse(stats=stats.to_any(reply, unified=stats.host_is_unified()))
 
     async def update(self, req: pb.UpdateTaskRequest, call: Call) -> Empty:
+        container = self._sandbox.container(req.id)
         resources = oci.resources_to_proto(_json_of(req.resources, "resources"), "resources")
-        await self._to_the_end(self._sandbox.container(req.id).update(resources))
+        await self._to_the_end(container.update(resources))
         return Empty()
 
     async def checkpoint(self, req: pb.CheckpointTaskRequest, call: Call) -> Empty:
@@ -163,13 +170,23 @@ class TaskService:
         )
 
     async def connect(self, req: pb.ConnectRequest, call: Call) -> pb.ConnectResponse:
-        return pb.ConnectResponse(shim_pid=os.getpid(), task_pid=self._sandbox.pid, version=VERSION)
+        try:
+            task_pid = self._sandbox.container(req.id).pid
+        except NotFound:
+            task_pid = 0  # containerd asks before it creates the task, too
+        return pb.ConnectResponse(shim_pid=os.getpid(), task_pid=task_pid, version=VERSION)
 
     async def shutdown(self, req: pb.ShutdownRequest, call: Call) -> Empty:
         # With containers left this is a success without effect: containerd says it for each container of a pod.
-        if req.now or self._sandbox.empty:
+        if req.now or not self._sandbox.needed:
             await self._to_the_end(self._on_shutdown())
         return Empty()
+
+
+def _tell_failure(verb: asyncio.Task[Any]) -> None:
+    """What nobody waits for any more is told in the log instead."""
+    if not verb.cancelled() and (err := verb.exception()) is not None:
+        log.warning("abandoned_call_failed", verb=verb.get_name(), error=one_line(err))
 
 
 def _exit_of(process: Process) -> tuple[int, Any]:
@@ -184,8 +201,7 @@ def _details(exec_id: str) -> ProtoAny | None:
         return None
     from shim.api.gen.runc_options_pb2 import ProcessDetails
 
-    details = ProcessDetails(exec_id=exec_id)
-    return ProtoAny(type_url=details.DESCRIPTOR.full_name, value=details.SerializeToString())
+    return packed(ProcessDetails(exec_id=exec_id))
 
 
 def _json_of(payload: ProtoAny, what: str) -> dict[str, Any]:

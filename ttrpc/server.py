@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ttrpc")
 
-# Calls that may run at once on one connection; the next is refused with RESOURCE_EXHAUSTED.
-MAX_CONCURRENT_CALLS = 1024
+# Calls that may run at once on one connection; the next is refused with RESOURCE_EXHAUSTED. Most of them only wait, and
+# a peer may have several for each process that it follows, so that hundreds of processes must not come near it.
+MAX_CONCURRENT_CALLS = 1 << 15
 
 
 class Server:

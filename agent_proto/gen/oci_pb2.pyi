@@ -363,10 +363,13 @@ class User(_message.Message):
     GID_FIELD_NUMBER: _builtins.int
     ADDITIONALGIDS_FIELD_NUMBER: _builtins.int
     USERNAME_FIELD_NUMBER: _builtins.int
+    UMASK_FIELD_NUMBER: _builtins.int
     UID: _builtins.int
     GID: _builtins.int
     Username: _builtins.str
     """unused on Linux"""
+    Umask: _builtins.int
+    """ours: Kata's agent has no field for it, and passes over it"""
     @_builtins.property
     def AdditionalGids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -376,12 +379,15 @@ class User(_message.Message):
         GID: _builtins.int = ...,
         AdditionalGids: _abc.Iterable[_builtins.int] | None = ...,
         Username: _builtins.str = ...,
+        Umask: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["Umask", b"Umask", "_Umask", b"_Umask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["AdditionalGids", b"AdditionalGids", "GID", b"GID", "UID", b"UID", "Username", b"Username"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["AdditionalGids", b"AdditionalGids", "GID", b"GID", "UID", b"UID", "Umask", b"Umask", "Username", b"Username", "_Umask", b"_Umask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__Umask: _TypeAlias = _typing.Literal["Umask"]  # noqa: Y015
+    _WhichOneofArgType__Umask: _TypeAlias = _typing.Literal["_Umask", b"_Umask"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__Umask) -> _WhichOneofReturnType__Umask | None: ...
 
 Global___User: _TypeAlias = User  # noqa: Y015
 
@@ -715,6 +721,26 @@ class LinuxResources(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class UnifiedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     DEVICES_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     CPU_FIELD_NUMBER: _builtins.int
@@ -722,6 +748,7 @@ class LinuxResources(_message.Message):
     BLOCKIO_FIELD_NUMBER: _builtins.int
     HUGEPAGELIMITS_FIELD_NUMBER: _builtins.int
     NETWORK_FIELD_NUMBER: _builtins.int
+    UNIFIED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def Devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinuxDeviceCgroup]: ...
     @_builtins.property
@@ -736,6 +763,10 @@ class LinuxResources(_message.Message):
     def HugepageLimits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinuxHugepageLimit]: ...
     @_builtins.property
     def Network(self) -> Global___LinuxNetwork: ...
+    @_builtins.property
+    def Unified(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """ours: files of the cgroup and their content; Kata's agent passes over it"""
+
     def __init__(
         self,
         *,
@@ -746,10 +777,11 @@ class LinuxResources(_message.Message):
         BlockIO: Global___LinuxBlockIO | None = ...,
         HugepageLimits: _abc.Iterable[Global___LinuxHugepageLimit] | None = ...,
         Network: Global___LinuxNetwork | None = ...,
+        Unified: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["BlockIO", b"BlockIO", "CPU", b"CPU", "Memory", b"Memory", "Network", b"Network", "Pids", b"Pids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["BlockIO", b"BlockIO", "CPU", b"CPU", "Devices", b"Devices", "HugepageLimits", b"HugepageLimits", "Memory", b"Memory", "Network", b"Network", "Pids", b"Pids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["BlockIO", b"BlockIO", "CPU", b"CPU", "Devices", b"Devices", "HugepageLimits", b"HugepageLimits", "Memory", b"Memory", "Network", b"Network", "Pids", b"Pids", "Unified", b"Unified"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

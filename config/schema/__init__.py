@@ -13,6 +13,7 @@ from config.schema.key import Effect, KeyInfo, Section, annotation, info
 from config.schema.runtime import Factory, Runtime, SharedMount
 
 __all__ = [
+    "ANNOTATION_PREFIX",
     "SECTIONS",
     "Agent",
     "Config",
@@ -30,6 +31,10 @@ __all__ = [
     "annotation",
     "info",
 ]
+
+
+ANNOTATION_PREFIX = "io.katacontainers."
+"""What all annotations begin with that concern the configuration."""
 
 
 class Config(Section, frozen=True):

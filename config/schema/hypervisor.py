@@ -2,17 +2,37 @@
 
 from typing import Annotated, Literal
 
-from config.schema.key import Count, Fraction, LogLevel, Positive, Section, Wide, key
+from config.schema.key import U32_MAX, Count, Fraction, LogLevel, Positive, Section, Wide, key
 
 SectorSize = Literal[0, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536]
 BlockDriver = Literal["virtio-blk-pci", "virtio-blk-ccw", "virtio-scsi", "virtio-pmem"]
 
 DEFAULT_QEMU = "/usr/bin/qemu-system-x86_64"
-DEFAULT_KERNEL = "/usr/share/kata-py/vmlinux"
-DEFAULT_INITRD = "/usr/share/kata-py/initrd.img"
+# By machine type, which decides the guests' architecture.
+DEFAULT_QEMUS = {
+    "q35": DEFAULT_QEMU,
+    "virt": "/usr/bin/qemu-system-aarch64",
+    "s390-ccw-virtio": "/usr/bin/qemu-system-s390x",
+}
+# Its confidential guests have their root file system inside the kernel's file.
+SEALED_MACHINE = "s390-ccw-virtio"
+FIRMWARE_HINT = "name OVMF made for TDX (OVMF.inteltdx.fd) or SEV-SNP (AMDSEV.fd)"
+# Debian's name of that, which containerd has too, and Debian's package of its emulator.
+ARCHITECTURES = {"q35": "amd64", "virt": "arm64", "s390-ccw-virtio": "s390x"}
+QEMU_PACKAGES = {"q35": "qemu-system-x86", "virt": "qemu-system-arm", "s390-ccw-virtio": "qemu-system-s390x"}
+DEFAULT_GUESTS = "/usr/share/kata-py"
+DEFAULT_KERNEL = f"{DEFAULT_GUESTS}/vmlinux"
+DEFAULT_INITRD = f"{DEFAULT_GUESTS}/initrd.img"
 
-_NO_CONFIDENTIAL = "guest memory would not be protected"
 _NO_TEMPLATE = "every sandbox boots its own guest"
+_TEMPLATE_ONLY = "of templates, and every sandbox boots its own guest"
+_SWAP_ONLY = "of use only with `enable_guest_swap`"
+_STORE_ONLY = "of use only with `enable_vhost_user_store`"
+_REMOTE_ONLY = "of hypervisors on other machines"
+_NO_RATE = "the guest's packets are not limited"
+_NO_PASSTHROUGH = "no device of the host reaches a guest, and a container that brings one is refused"
+_NO_DISK_LIMIT = "the guest's disks are images that are only read; limit the I/O of containers instead"
+_NO_DAX = "no QEMU has that window"
 
 
 class QemuFactory(Section, frozen=True):
@@ -21,24 +41,55 @@ class QemuFactory(Section, frozen=True):
     enable_template: Annotated[
         bool, key("refused", "Start machines from a saved template.", why=_NO_TEMPLATE)
     ] = False
-    template_path: Annotated[str, key("ignored", "Directory of the template.")] = "/run/vc/vm/template"
+    template_path: Annotated[str, key("ignored", "Directory of the template.", why=_TEMPLATE_ONLY)] = (
+        "/run/vc/vm/template"
+    )
 
 
 class GuestExtensionImage(Section, frozen=True):
     """`[[hypervisor.qemu.guest_extension_images]]`: a read-only disk with more programs for the guest."""
 
-    name: Annotated[str, key("ignored", "Name; letters, digits, `_` and `-`.")]
-    path: Annotated[str, key("ignored", "Disk image; an entry without one is dropped.")] = ""
-    verity_params: Annotated[str, key("ignored", "dm-verity parameters of the image.")] = ""
+    name: Annotated[
+        str,
+        key(
+            "now",
+            "Name, of at most 10 letters, digits, `_` and `-`; the guest knows the disk by the serial number "
+            "`extension-NAME`.",
+        ),
+    ]
+    path: Annotated[
+        str,
+        key(
+            "now",
+            "Disk image, attached read-only as a virtio disk; an entry without one is dropped.",
+        ),
+    ] = ""
+    verity_params: Annotated[
+        str,
+        key(
+            "now",
+            "dm-verity parameters, as in `kernel_verity_params`; the guest reads them as "
+            "`kata.extension.NAME.verity_params` on its kernel's command line.",
+        ),
+    ] = ""
 
 
 class RootlessUser(Section, frozen=True):
     """`[hypervisor.qemu.rootless_user]`: Kata's runtime keeps its choice here; files have no need of it."""
 
-    uid: Annotated[Count, key("ignored", "Chosen user id.")] = 0
-    gid: Annotated[Count, key("ignored", "Chosen group id.")] = 0
-    groups: Annotated[tuple[Count, ...], key("ignored", "Further group ids.")] = ()
-    user_name: Annotated[str, key("ignored", "Chosen user name.")] = ""
+    uid: Annotated[
+        Count, key("ignored", "Chosen user id.", why="the user is chosen anew for every sandbox")
+    ] = 0
+    gid: Annotated[
+        Count, key("ignored", "Chosen group id.", why="the user is chosen anew for every sandbox")
+    ] = 0
+    groups: Annotated[
+        tuple[Count, ...],
+        key("ignored", "Further group ids.", why="the user is chosen anew for every sandbox"),
+    ] = ()
+    user_name: Annotated[
+        str, key("ignored", "Chosen user name.", why="the user is chosen anew for every sandbox")
+    ] = ""
 
 
 class Qemu(Section, frozen=True):
@@ -46,13 +97,18 @@ class Qemu(Section, frozen=True):
 
     # Programs and files
     path: Annotated[
-        str, key("now", "The QEMU program.", hint="install QEMU or name its system emulator here")
+        str,
+        key(
+            "now",
+            "The QEMU program. The default one, and an empty name, are those of the machine's architecture.",
+            hint="install QEMU or name its system emulator here",
+        ),
     ] = DEFAULT_QEMU
     kernel: Annotated[
         str,
         key(
             "now",
-            "Guest kernel.",
+            "Guest kernel. The default one is that of the host's architecture; for another see `guest_dir`.",
             hint="build the guest with: kata-py guest build",
         ),
     ] = DEFAULT_KERNEL
@@ -69,8 +125,18 @@ class Qemu(Section, frozen=True):
         key(
             "now",
             "Disk image whose first partition is the guest's root file system, instead of `initrd`. Attached "
-            "read-only as a virtio disk; the kernel needs the drivers for it built in.",
+            "read-only as `vm_rootfs_driver` says. The kernel needs the drivers for it, and dm-verity for "
+            "`kernel_verity_params`, built in; if it has them as modules, `image_initrd` has to bring them.",
             hint="name a file that exists, or set initrd instead",
+        ),
+    ] = ""
+    image_initrd: Annotated[
+        str,
+        key(
+            "now",
+            "Small initial RAM disk that loads the drivers for `image`, mounts it and starts what is in it; "
+            "`kata-py guest build --image` makes both. Empty: the kernel does that itself.",
+            hint="name the image-initrd.img that was built with the image",
         ),
     ] = ""
     firmware: Annotated[
@@ -78,42 +144,72 @@ class Qemu(Section, frozen=True):
     ] = ""
     firmware_volume: Annotated[
         str,
-        key("refused", "Variable store of the guest firmware.", why="the firmware could not keep variables"),
+        key(
+            "now",
+            "Variables of the guest firmware. With it `firmware` is flash memory; what a guest changes is lost.",
+            hint="name a file that exists, and the firmware's code as firmware",
+        ),
     ] = ""
     pflashes: Annotated[
         tuple[str, ...],
-        key("refused", "Flash images with the guest firmware.", why="the guest would boot other firmware"),
+        key(
+            "now",
+            "Flash memory with the guest firmware, in place of `firmware`: its code, which is read-only, then its "
+            "variables, whose changes are lost.",
+            hint="name files that exist",
+        ),
     ] = ()
     rootfs_type: Annotated[Literal["ext4", "xfs", "erofs"], key("now", "File system inside `image`.")] = (
         "ext4"
     )
     vm_rootfs_driver: Annotated[
         Literal["virtio-pmem", "virtio-blk-pci", "virtio-blk-ccw", "virtio-blk-mmio", "virtio-scsi"],
-        key("ignored", "How `image` is attached. This version always uses a virtio disk."),
+        key(
+            "now",
+            "How `image` is attached: `virtio-pmem` as persistent memory, `virtio-blk-...` as a virtio disk on the "
+            "machine's own bus. Guests with arm64 find persistent memory only through `firmware`; s390x has none.",
+            hint="use virtio-blk-pci, virtio-blk-ccw or virtio-pmem",
+        ),
     ] = "virtio-blk-pci"
-    disable_image_nvdimm: Annotated[bool, key("ignored", "Do not attach `image` as persistent memory.")] = (
-        False
-    )
+    disable_image_nvdimm: Annotated[
+        bool, key("now", "Attach `image` as a virtio disk where `vm_rootfs_driver` says persistent memory.")
+    ] = False
     kernel_verity_params: Annotated[
         str,
         key(
-            "refused",
-            "dm-verity parameters that `image` is checked with.",
-            why="the guest's files would not be checked",
+            "now",
+            "dm-verity parameters that the kernel checks the first partition of `image` with, by the hashes on the "
+            "second: `root_hash=...,salt=...,data_blocks=...,data_block_size=...,hash_block_size=...`.",
         ),
     ] = ""
     guest_extension_images: Annotated[
         tuple[GuestExtensionImage, ...],
-        key("refused", "Further disk images for the guest.", why="the guest would lack what they hold"),
+        key(
+            "now",
+            "Further disk images for the guest, with programs that its own image starts. That of kata-py "
+            "starts none.",
+        ),
     ] = ()
     initdata: Annotated[
-        str, key("refused", "Initial data that the guest measures at boot.", why="nothing would be measured")
+        str,
+        key(
+            "now",
+            "Data for the guest's own programs, on a small disk: base64 of gzip of TOML with `version` 0.1.0, "
+            "`algorithm` (sha256, sha384, sha512) and a table `data` of strings, at most 256 KiB, and 1 MiB unpacked. "
+            "The reports of guests with TDX and SEV-SNP prove their digest.",
+            hint="make it with: gzip -c initdata.toml | base64 -w0",
+        ),
     ] = ""
 
     # Machine and processors
     machine_type: Annotated[
-        Literal["q35"],
-        key("now", "QEMU machine.", hint="other machine types are not supported in this version"),
+        Literal["q35", "virt", "s390-ccw-virtio"],
+        key(
+            "now",
+            "QEMU machine, and with it the guests' architecture: x86_64, arm64, s390x. While nothing sets this key, "
+            "the first container's program decides between those with a guest.",
+            hint="other machine types are not supported in this version",
+        ),
     ] = "q35"
     machine_accelerators: Annotated[
         str, key("now", "Further properties of the machine, separated by commas: `kernel_irqchip=split`.")
@@ -133,13 +229,14 @@ class Qemu(Section, frozen=True):
         ),
     ] = 1.0
     overhead_vcpus: Annotated[
-        Fraction, key("ignored", "vCPUs added for the guest itself under static sizing.")
+        Fraction, key("now", "vCPUs added for the guest itself under `static_sandbox_resource_mgmt`.")
     ] = 0.0
     default_maxvcpus: Annotated[
         Count,
         key(
             "now",
-            "Most vCPUs that the machine can have. 0, or more than the host has, is all of the host's.",
+            "Most vCPUs that the machine can have. 0, or more than the host has, is all of the host's. With "
+            "KVM QEMU is told of more than `default_vcpus`; kata-py adds none by itself.",
             hint="256 is the most that the machine supports",
         ),
     ] = 0
@@ -152,37 +249,74 @@ class Qemu(Section, frozen=True):
         ),
     ] = 2048
     overhead_memory: Annotated[
-        Count, key("ignored", "Memory added for the guest itself under static sizing.", unit="MiB")
+        Count,
+        key("now", "Memory added for the guest itself under `static_sandbox_resource_mgmt`.", unit="MiB"),
     ] = 0
-    memory_slots: Annotated[int, key("ignored", "Slots for adding memory later. 0 is 128.", ge=0, le=256)] = (
-        128
-    )
+    memory_slots: Annotated[
+        int,
+        key(
+            "now",
+            "Slots for memory devices added later. 0 is 128. QEMU is told of them, and of "
+            "`default_maxmemory`, with `enable_virtio_mem`, with `image` as persistent memory, and without "
+            "`shared_fs`; kata-py adds no memory by itself.",
+            ge=0,
+            le=256,
+        ),
+    ] = 128
     default_maxmemory: Annotated[
         Count,
         key(
-            "ignored",
+            "now",
             "Most memory that the machine can have. 0, or more than the host has, is all of the host's. Not "
             "less than `default_memory`.",
             unit="MiB",
         ),
     ] = 0
     memory_offset: Annotated[
-        Count, key("ignored", "Address space kept free for persistent memory.", unit="MiB")
+        Count,
+        key(
+            "now",
+            "Address space for memory devices beyond `default_maxmemory`.",
+            unit="MiB",
+        ),
     ] = 0
-    enable_virtio_mem: Annotated[bool, key("warned", "Add and take memory through virtio-mem.")] = False
-    enable_mem_prealloc: Annotated[bool, key("warned", "Take all guest memory from the host at start.")] = (
-        False
-    )
-    enable_hugepages: Annotated[
+    enable_virtio_mem: Annotated[
         bool,
         key(
-            "refused", "Back guest memory with huge pages.", why="memory would be accounted as ordinary pages"
+            "now",
+            "Add a virtio-mem device that can grow the guest up to `default_maxmemory`. It is empty at first,"
+            " and kata-py does not fill it by itself. s390x needs QEMU 10.",
+            hint="set default_memory to what is needed",
         ),
     ] = False
-    hugepage_type: Annotated[Literal["hugetlbfs", "thp"], key("ignored", "Kind of huge pages.")] = "hugetlbfs"
-    file_mem_backend: Annotated[str, key("warned", "Directory for files that back guest memory.")] = ""
+    enable_mem_prealloc: Annotated[bool, key("now", "Take all guest memory from the host at start.")] = False
+    enable_hugepages: Annotated[
+        bool,
+        key("now", "Back guest memory with huge pages, not together with `file_mem_backend`."),
+    ] = False
+    hugepage_type: Annotated[
+        Literal["hugetlbfs", "thp"],
+        key(
+            "now",
+            "Kind of huge pages: those set aside on the host (`hugetlbfs`), or what the host's kernel gives to shared "
+            "memory as `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says (`thp`).",
+        ),
+    ] = "hugetlbfs"
+    file_mem_backend: Annotated[
+        str,
+        key(
+            "now",
+            "Directory for files, without names, that are guest memory.",
+            hint="name a directory that exists",
+        ),
+    ] = ""
     reclaim_guest_freed_memory: Annotated[
-        bool, key("warned", "Give memory that the guest has freed back to the host.")
+        bool,
+        key(
+            "now",
+            "Give memory that the guest has freed back to the host, through a balloon with free page "
+            "reporting.",
+        ),
     ] = False
 
     # Files shared with the guest
@@ -190,7 +324,8 @@ class Qemu(Section, frozen=True):
         Literal["virtio-fs", "none"],
         key(
             "now",
-            "How the host's files reach the guest; `none` shares nothing.",
+            "How the host's files reach the guest; `none` shares nothing. With `virtio-fs` guests whose byte order is "
+            "not the host's, as those of s390x on x86_64, get 9p, served by QEMU.",
             hint="other ways of sharing are not supported in this version",
         ),
     ] = "virtio-fs"
@@ -213,95 +348,216 @@ class Qemu(Section, frozen=True):
     ] = 0
     virtio_fs_extra_args: Annotated[tuple[str, ...], key("now", "Further arguments of virtiofsd.")] = ()
     virtio_fs_cache_size: Annotated[
-        Count, key("warned", "Size of the window for direct access (DAX); 0 is none.", unit="MiB")
+        Count,
+        key(
+            "refused",
+            "Size of the window for direct access (DAX); 0 is none.",
+            unit="MiB",
+            why=_NO_DAX,
+            hint="set it to 0; virtio_fs_cache decides what is cached",
+        ),
     ] = 0
-    virtio_fs_is_dax: Annotated[bool, key("warned", "Direct access (DAX) to shared files.")] = False
-    prefetch_list_path: Annotated[str, key("ignored", "File list of an image service that is not used.")] = ""
+    virtio_fs_is_dax: Annotated[
+        bool,
+        key(
+            "refused",
+            "Direct access (DAX) to shared files.",
+            why=_NO_DAX,
+            hint="remove it; virtio_fs_cache decides what is cached",
+        ),
+    ] = False
+    prefetch_list_path: Annotated[
+        str,
+        key(
+            "ignored",
+            "File list of an image service that is not used.",
+            why="of the Nydus image service, which `shared_fs` does not offer",
+        ),
+    ] = ""
     msize_9p: Annotated[
-        Positive, key("ignored", "Packet size of 9p, which is not offered.", unit="bytes")
+        Positive,
+        key(
+            "now",
+            "Packet size of 9p, which takes the place of virtiofs in guests with another byte order than the host's.",
+            unit="bytes",
+        ),
     ] = 8192
 
     # Block devices
     disable_block_device_use: Annotated[
-        bool, key("ignored", "Never pass host block devices to the guest. This version never does.")
+        bool,
+        key(
+            "now",
+            "Do not prepare the machine for disks added later. What is mounted from the host's block devices "
+            "reaches the guest as files with either value.",
+        ),
     ] = True
-    block_device_driver: Annotated[BlockDriver, key("ignored", "Bus of block devices added later.")] = (
-        "virtio-blk-pci"
-    )
-    block_device_aio: Annotated[Literal["io_uring", "native", "threads"], key("ignored", "I/O engine.")] = (
-        "io_uring"
-    )
-    block_device_cache_set: Annotated[bool, key("ignored", "Apply the two cache keys below.")] = False
-    block_device_cache_direct: Annotated[bool, key("ignored", "Go past the host's page cache.")] = False
-    block_device_cache_noflush: Annotated[bool, key("ignored", "Ignore flushes of the guest.")] = False
+    block_device_driver: Annotated[
+        BlockDriver,
+        key(
+            "now",
+            "Driver of disks added later: `virtio-scsi` gives the machine a controller for them, unless "
+            "`disable_block_device_use`. The guest's own disks are virtio disks.",
+        ),
+    ] = "virtio-blk-pci"
+    block_device_aio: Annotated[
+        Literal["io_uring", "native", "threads"],
+        key(
+            "now",
+            "How QEMU reads the images of the guest's virtio disks. `io_uring` becomes `threads` on hosts "
+            "that forbid it; `native` goes past the host's page cache.",
+        ),
+    ] = "io_uring"
+    block_device_cache_set: Annotated[
+        bool, key("now", "Apply the two cache keys below to the guest's virtio disks.")
+    ] = False
+    block_device_cache_direct: Annotated[bool, key("now", "Go past the host's page cache.")] = False
+    block_device_cache_noflush: Annotated[bool, key("now", "Ignore flushes of the guest.")] = False
     block_device_logical_sector_size: Annotated[
-        SectorSize, key("ignored", "Logical sector size; 0 is QEMU's default.", unit="bytes")
+        SectorSize,
+        key(
+            "warned",
+            "Logical sector size; 0 is QEMU's default.",
+            unit="bytes",
+            why="the guest's disks are images with partitions, whose tables were made for 512 bytes",
+        ),
     ] = 0
     block_device_physical_sector_size: Annotated[
-        SectorSize, key("ignored", "Physical sector size; 0 is QEMU's default.", unit="bytes")
+        SectorSize,
+        key(
+            "warned",
+            "Physical sector size; 0 is QEMU's default.",
+            unit="bytes",
+            why="the guest's disks are images with partitions, whose tables were made for 512 bytes",
+        ),
     ] = 0
-    enable_iothreads: Annotated[bool, key("ignored", "A thread of its own for block I/O.")] = False
-    indep_iothreads: Annotated[Count, key("ignored", "Number of independent I/O threads.")] = 0
-    queue_size: Annotated[Count, key("ignored", "Queue depth of block devices.")] = 128
-    num_queues: Annotated[Count, key("ignored", "Queues of each block device.")] = 1
+    enable_iothreads: Annotated[
+        bool,
+        key(
+            "now",
+            "A thread of its own for the virtio disk with `image`, and for the controller of `virtio-scsi`.",
+        ),
+    ] = False
+    indep_iothreads: Annotated[
+        int,
+        key(
+            "now",
+            "Number of threads for disks added later, at most 256, with `enable_iothreads` and "
+            "`virtio-blk-pci`, unless `disable_block_device_use`.",
+            ge=0,
+            le=256,
+        ),
+    ] = 0
+    queue_size: Annotated[
+        Count, key("now", "Queue depth of the guest's virtio disks, a power of two from 4 to 1024. 0 is 128.")
+    ] = 128
+    num_queues: Annotated[
+        Count, key("now", "Queues of each of the guest's virtio disks, at most 1024. 0 is 1.")
+    ] = 1
     disk_rate_limiter_bw_max_rate: Annotated[
-        Wide, key("warned", "Disk bandwidth; 0 is no limit.", unit="bit/s")
+        Wide, key("warned", "Disk bandwidth; 0 is no limit.", unit="bit/s", why=_NO_DISK_LIMIT)
     ] = 0
     disk_rate_limiter_bw_one_time_burst: Annotated[
-        Wide | None, key("ignored", "Bandwidth credit at start.")
+        Wide | None,
+        key("ignored", "Bandwidth credit at start.", why="of use only with `disk_rate_limiter_bw_max_rate`"),
     ] = None
     disk_rate_limiter_ops_max_rate: Annotated[
-        Wide, key("warned", "Disk operations per second; 0 is no limit.")
+        Wide, key("warned", "Disk operations per second; 0 is no limit.", why=_NO_DISK_LIMIT)
     ] = 0
     disk_rate_limiter_ops_one_time_burst: Annotated[
-        Wide | None, key("ignored", "Operations credit at start.")
+        Wide | None,
+        key(
+            "ignored", "Operations credit at start.", why="of use only with `disk_rate_limiter_ops_max_rate`"
+        ),
     ] = None
     enable_vhost_user_store: Annotated[
-        bool, key("warned", "Storage devices served by other host programs.")
+        bool,
+        key(
+            "refused",
+            "Storage devices served by other host programs.",
+            why="pods would lack the disks that those programs serve",
+            hint="remove it, and mount such a disk on the host",
+        ),
     ] = False
-    vhost_user_store_path: Annotated[str, key("ignored", "Directory of those programs' sockets.")] = (
-        "/var/run/vhost-user"
-    )
+    vhost_user_store_path: Annotated[
+        str, key("ignored", "Directory of those programs' sockets.", why=_STORE_ONLY)
+    ] = "/var/run/vhost-user"
     vhost_user_reconnect_timeout_sec: Annotated[
-        Count, key("ignored", "Pause before reconnecting to them; 0 is never.", unit="s")
+        Count, key("ignored", "Pause before reconnecting to them; 0 is never.", unit="s", why=_STORE_ONLY)
     ] = 0
 
     # Buses, devices and networks
-    default_bridges: Annotated[Count, key("ignored", "PCI bridges for devices added later.")] = 1
-    pcie_root_port: Annotated[Count, key("warned", "Spare PCIe root ports.")] = 0
-    pcie_switch_port: Annotated[Count, key("warned", "Spare PCIe switch ports.")] = 0
+    default_bridges: Annotated[
+        Count,
+        key(
+            "warned",
+            "PCI bridges for devices added later. 0 is 1, and more than 5 are 5.",
+            why="what is added later takes PCIe ports",
+            hint="set pcie_root_port",
+        ),
+    ] = 1
+    pcie_root_port: Annotated[Count, key("now", "Spare PCIe root ports, at most 16; s390x has none.")] = 0
+    pcie_switch_port: Annotated[
+        Count, key("now", "Spare ports of one PCIe switch, at most 16; not together with `pcie_root_port`.")
+    ] = 0
     cold_plug_vfio: Annotated[
         Literal["no-port", "root-port", "switch-port", "bridge-port"],
-        key("warned", "Port for host devices given to the machine at boot."),
+        key("warned", "Port for host devices given to the machine at boot.", why=_NO_PASSTHROUGH),
     ] = "no-port"
     hot_plug_vfio: Annotated[
         Literal["no-port", "root-port", "switch-port", "bridge-port"],
-        key("warned", "Port for host devices given to a running machine."),
+        key("warned", "Port for host devices given to a running machine.", why=_NO_PASSTHROUGH),
     ] = "no-port"
-    hotplug_vfio_on_root_bus: Annotated[bool, key("warned", "Put such devices on the root bus.")] = False
-    enable_iommu: Annotated[bool, key("warned", "Give the guest a virtual IOMMU.")] = False
-    enable_iommu_platform: Annotated[bool, key("warned", "Devices use the platform's IOMMU (s390x).")] = False
-    disable_vhost_net: Annotated[
-        bool, key("warned", "Handle network packets in QEMU, not in the host's kernel.")
+    hotplug_vfio_on_root_bus: Annotated[
+        bool, key("warned", "Put such devices on the root bus.", why=_NO_PASSTHROUGH)
     ] = False
-    network_queues: Annotated[Count, key("warned", "Queue pairs of each network device.")] = 1
+    enable_iommu: Annotated[bool, key("now", "Give the guest a virtual IOMMU; s390x has none.")] = False
+    enable_iommu_platform: Annotated[
+        bool,
+        key(
+            "now", "Virtio devices on channels (s390x) use the platform's IOMMU, as protected guests need it."
+        ),
+    ] = False
+    disable_vhost_net: Annotated[
+        bool,
+        key(
+            "now",
+            "Carry network packets by QEMU also where the host's kernel could (`/dev/vhost-net`).",
+        ),
+    ] = False
+    network_queues: Annotated[
+        Count, key("now", "Queue pairs of each network device. 0 is 1; more than 256 is 256.")
+    ] = 1
     rx_rate_limiter_max_rate: Annotated[
-        Wide, key("warned", "Limit of what the guest receives; 0 is none.", unit="bit/s")
+        Wide, key("warned", "Limit of what the guest receives; 0 is none.", unit="bit/s", why=_NO_RATE)
     ] = 0
     tx_rate_limiter_max_rate: Annotated[
-        Wide, key("warned", "Limit of what the guest sends; 0 is none.", unit="bit/s")
+        Wide, key("warned", "Limit of what the guest sends; 0 is none.", unit="bit/s", why=_NO_RATE)
     ] = 0
     entropy_source: Annotated[
         str,
         key(
-            "ignored",
-            "Host file for the guest's random number device. The guest uses its processor's instead.",
+            "now",
+            "Host file that feeds a random number device of the guest. With the usual `/dev/urandom` there is"
+            " no such device: the guest takes random numbers from its processor.",
         ),
     ] = "/dev/urandom"
     use_legacy_serial: Annotated[
-        bool, key("ignored", "Console on the first serial port. This version always uses it.")
+        bool,
+        key(
+            "ignored",
+            "Console on the first serial port. This version always uses it.",
+            why="the console is on the first serial port with either value",
+        ),
     ] = False
-    guest_hook_path: Annotated[str, key("warned", "Directory in the guest with OCI hooks.")] = ""
+    guest_hook_path: Annotated[
+        str,
+        key(
+            "now",
+            "Directory in the guest with OCI hooks, `prestart`, `poststart` and `poststop`. The agent is told"
+            " of it; kata-py's own runs none and says so in its log.",
+        ),
+    ] = ""
 
     # Isolation of the QEMU process, confidential guests
     seccomp_sandbox: Annotated[
@@ -316,23 +572,60 @@ class Qemu(Section, frozen=True):
     seccompsandbox: Annotated[
         str, key("now", "Older name of `seccomp_sandbox`; used when that one is empty.")
     ] = ""
-    disable_seccomp: Annotated[bool, key("ignored", "Turns a filter off that QEMU does not have.")] = False
+    disable_seccomp: Annotated[
+        bool,
+        key(
+            "ignored",
+            "Turns a filter off that QEMU does not have.",
+            why="QEMU's filter is `seccomp_sandbox`, and off unless that is set",
+        ),
+    ] = False
     rootless: Annotated[
-        bool, key("refused", "Run QEMU as a user of its own.", why="QEMU would run as the shim's user")
+        bool,
+        key(
+            "now",
+            "Run QEMU as a user without a name, another one for each sandbox, who has no capabilities and cannot get "
+            "any. Kernel, images and `/dev/kvm` have to be open to such a user. virtiofsd stays root's. Not together "
+            "with `enable_hugepages` and `extra_monitor_socket`, nor with shared files of guests with s390x.",
+        ),
     ] = False
     rootless_user: RootlessUser = RootlessUser()
     disable_selinux: Annotated[
-        bool, key("ignored", "Do not label the QEMU process. This version never does.")
+        bool,
+        key("now", "Do not label the QEMU process: `selinux_label` has no effect."),
     ] = False
     selinux_label: Annotated[
-        str, key("refused", "SELinux label of the QEMU process.", why="QEMU would run without that label")
+        str,
+        key(
+            "now",
+            "SELinux label of the QEMU process, as the host's policy knows it; refused on a host without SELinux. "
+            "Empty is what the policy gives to a program that the shim starts.",
+            hint="for example system_u:system_r:container_kvm_t:s0",
+        ),
     ] = ""
-    disable_guest_selinux: Annotated[bool, key("warned", "Do not label containers inside the guest.")] = True
+    disable_guest_selinux: Annotated[
+        bool,
+        key(
+            "refused",
+            "Do not label containers inside the guest.",
+            why="containers would run without the labels",
+        ),
+    ] = True
     disable_nesting_checks: Annotated[
-        bool, key("ignored", "Do not look whether the host is a guest itself.")
+        bool,
+        key(
+            "ignored",
+            "Do not look whether the host is a guest itself.",
+            why="a host that is a guest itself is treated as any other",
+        ),
     ] = False
     disable_nested_virtualization: Annotated[
-        bool, key("warned", "Hide virtualization features from the guest.")
+        bool,
+        key(
+            "now",
+            "Hide virtualization features from the guest. arm64 and s390x guests never see any.",
+            hint='for example cpu_features = "vmx=off,svm=off"',
+        ),
     ] = False
     jailer_path: Annotated[
         str, key("refused", "Program that confines the VMM.", why="QEMU has no jailer")
@@ -341,82 +634,159 @@ class Qemu(Section, frozen=True):
         tuple[str, ...], key("refused", "Jailers that a pod may ask for.", why="QEMU has no jailer")
     ] = ()
     confidential_guest: Annotated[
-        bool, key("refused", "Hide guest memory from the host (TDX, SEV, SE).", why=_NO_CONFIDENTIAL)
+        bool,
+        key(
+            "now",
+            "Hide the guest from its host: by Intel TDX or AMD SEV-SNP on a PC, by Secure Execution on s390x; the host "
+            "says which. See [confidential.md](confidential.md).",
+        ),
     ] = False
-    sev_snp_guest: Annotated[bool, key("refused", "Prefer SEV-SNP.", why=_NO_CONFIDENTIAL)] = False
+    sev_snp_guest: Annotated[
+        bool, key("now", "The protection is SEV-SNP. Without this key SEV-SNP is not used.")
+    ] = False
     snp_id_block: Annotated[
-        str, key("refused", "SEV-SNP identity block, base64 of 96 bytes.", why=_NO_CONFIDENTIAL)
+        str,
+        key(
+            "now",
+            "Identity block of SEV-SNP, base64 of 96 bytes: which guest may start. Together with `snp_id_auth`.",
+        ),
     ] = ""
     snp_id_auth: Annotated[
-        str, key("refused", "SEV-SNP identity signatures, base64 of 4096 bytes.", why=_NO_CONFIDENTIAL)
+        str,
+        key("now", "Signatures and keys of that block, base64 of 4096 bytes."),
     ] = ""
     snp_guest_policy: Annotated[
-        Count, key("warned", "SEV-SNP policy bits; the default allows hyper-threading.")
+        int,
+        key(
+            "now",
+            "Policy of SEV-SNP, 64 bits; bit 17 is always set. The default, 0x30000, allows hyper-threading, and no "
+            "debugging.",
+            ge=0,
+        ),
     ] = 0x30000
     tdx_quote_generation_service_socket_port: Annotated[
-        Count, key("ignored", "vsock port of the TDX quote service.")
+        int,
+        key(
+            "now",
+            "vsock port of the host's service that signs reports of TDX guests. 0 is "
+            "`/var/run/tdx-qgs/qgs.socket` if that exists, else port 4050.",
+            ge=0,
+            le=U32_MAX - 1,
+        ),
     ] = 4050
 
     # What pods may change
     enable_annotations: Annotated[
         tuple[str, ...],
-        key("warned", "Regular expressions of the hypervisor keys that pods may set by annotation."),
+        key(
+            "now",
+            "Regular expressions for the keys of this section that pods may set by annotation, each for a whole "
+            "name: `kernel_params`, `block_device_.*`.",
+        ),
     ] = ()
-    valid_hypervisor_paths: Annotated[tuple[str, ...], key("ignored", "Patterns for `path` from a pod.")] = ()
+    valid_hypervisor_paths: Annotated[
+        tuple[str, ...], key("now", "Shell patterns for what pods may name as `path`.")
+    ] = ()
     valid_virtio_fs_daemon_paths: Annotated[
-        tuple[str, ...], key("ignored", "Patterns for `virtio_fs_daemon` from a pod.")
+        tuple[str, ...], key("now", "Shell patterns for what pods may name as `virtio_fs_daemon`.")
     ] = ()
     valid_vhost_user_store_paths: Annotated[
-        tuple[str, ...], key("ignored", "Patterns for `vhost_user_store_path` from a pod.")
+        tuple[str, ...], key("now", "Shell patterns for what pods may name as `vhost_user_store_path`.")
     ] = ()
     valid_entropy_sources: Annotated[
-        tuple[str, ...], key("ignored", "Patterns for `entropy_source` from a pod.")
+        tuple[str, ...], key("now", "Shell patterns for what pods may name as `entropy_source`.")
     ] = ()
     valid_file_mem_backends: Annotated[
-        tuple[str, ...], key("ignored", "Patterns for `file_mem_backend` from a pod.")
+        tuple[str, ...], key("now", "Shell patterns for what pods may name as `file_mem_backend`.")
     ] = ()
-    valid_ctlpaths: Annotated[tuple[str, ...], key("ignored", "Patterns for `ctlpath`.")] = ()
+    valid_ctlpaths: Annotated[
+        tuple[str, ...], key("ignored", "Patterns for `ctlpath`.", why="of other hypervisors")
+    ] = ()
 
     # Debugging
     enable_debug: Annotated[
-        bool, key("now", "Log QEMU and the guest console. Raises `log_level` from info to debug.")
+        bool,
+        key(
+            "now",
+            "Log QEMU's arguments and what it says, bring the agent's log, and let the guest's kernel talk. "
+            "Raises `log_level` from info to debug.",
+        ),
     ] = False
-    log_level: Annotated[LogLevel, key("now", "Least severe message about the machine that is logged.")] = (
-        "info"
-    )
+    log_level: Annotated[
+        LogLevel,
+        key(
+            "now",
+            "Least severe message that is logged. The machine and the shim have one log, for which the more "
+            "talkative of this and `log_level` of `[runtime]` counts.",
+        ),
+    ] = "info"
     extra_monitor_socket: Annotated[
-        Literal["", "hmp", "qmp", "qmp-pretty"], key("warned", "A second QEMU monitor for people.")
+        Literal["", "hmp", "qmp", "qmp-pretty"],
+        key(
+            "now",
+            "A second QEMU monitor for people, on `extra-monitor.sock` in the sandbox's directory below "
+            "`/run/kata-py`. Only with `enable_debug`.",
+        ),
     ] = ""
     guest_memory_dump_path: Annotated[
-        str, key("warned", "Directory for guest memory after a guest panic.")
+        str,
+        key(
+            "now",
+            "Directory for the memory of guests whose kernel gives up: `<directory>/<sandbox>/vmcore-<time>.elf`, and "
+            "beside it a `.json` with QEMU's arguments and the guest's last words. Twice the guest's memory has to be "
+            "free there. Empty saves nothing.",
+            hint="name an absolute path",
+        ),
     ] = ""
-    guest_memory_dump_paging: Annotated[bool, key("ignored", "Use guest addresses in that dump.")] = False
+    guest_memory_dump_paging: Annotated[
+        bool, key("now", "Write the guest's virtual addresses into it as well.")
+    ] = False
 
     # Accepted for the sake of existing files: other hypervisors, internals of Kata's runtime
-    ctlpath: Annotated[str, key("ignored", "Control program of other hypervisors.")] = ""
+    ctlpath: Annotated[
+        str, key("ignored", "Control program of other hypervisors.", why="of other hypervisors")
+    ] = ""
     enable_guest_swap: Annotated[
         bool, key("refused", "Swap inside the guest.", why="memory would end earlier than planned")
     ] = False
-    guest_swap_path: Annotated[str, key("ignored", "Directory of swap files.")] = "/run/kata-containers/swap"
-    guest_swap_size_percent: Annotated[Count, key("ignored", "Swap in relation to memory.", unit="%")] = 100
+    guest_swap_path: Annotated[str, key("ignored", "Directory of swap files.", why=_SWAP_ONLY)] = (
+        "/run/kata-containers/swap"
+    )
+    guest_swap_size_percent: Annotated[
+        Count, key("ignored", "Swap in relation to memory.", unit="%", why=_SWAP_ONLY)
+    ] = 100
     guest_swap_create_threshold_secs: Annotated[
-        Count, key("ignored", "Pause before swap is made.", unit="s")
+        Count, key("ignored", "Pause before swap is made.", unit="s", why=_SWAP_ONLY)
     ] = 60
-    hypervisor_socket: Annotated[str, key("ignored", "Remote hypervisors only.")] = ""
-    hypervisor_timeout: Annotated[Count, key("ignored", "Remote hypervisors only.", unit="s")] = 0
-    default_gpus: Annotated[Count, key("ignored", "Remote hypervisors only.")] = 0
-    default_gpu_model: Annotated[str, key("ignored", "Remote hypervisors only.")] = ""
+    hypervisor_socket: Annotated[str, key("ignored", "Socket of a remote hypervisor.", why=_REMOTE_ONLY)] = ""
+    hypervisor_timeout: Annotated[
+        Count, key("ignored", "Time that a remote hypervisor may take.", unit="s", why=_REMOTE_ONLY)
+    ] = 0
+    default_gpus: Annotated[
+        Count, key("ignored", "GPUs that a remote hypervisor is asked for.", why=_REMOTE_ONLY)
+    ] = 0
+    default_gpu_model: Annotated[str, key("ignored", "Model of these GPUs.", why=_REMOTE_ONLY)] = ""
     boot_to_be_template: Annotated[
         bool, key("refused", "This machine becomes a template.", why=_NO_TEMPLATE)
     ] = False
     boot_from_template: Annotated[
         bool, key("refused", "This machine starts from a template.", why=_NO_TEMPLATE)
     ] = False
-    memory_path: Annotated[str, key("ignored", "Memory file of a template.")] = ""
-    device_state_path: Annotated[str, key("ignored", "Device state of a template.")] = ""
+    memory_path: Annotated[str, key("ignored", "Memory file of a template.", why=_TEMPLATE_ONLY)] = ""
+    device_state_path: Annotated[str, key("ignored", "Device state of a template.", why=_TEMPLATE_ONLY)] = ""
     factory: QemuFactory = QemuFactory()
 
     # Ours
+    guest_dir: Annotated[
+        str,
+        key(
+            "now",
+            "Where guests of other architectures than the host's are, unless `kernel` and `initrd` say otherwise: "
+            "`arm64/vmlinux`, `arm64/initrd.img` and so on. `kata-py guest build --arch arm64` makes them. They stand "
+            "in for files that are named here when a pod's `machine_type`, or its image, wants another architecture. "
+            "A key of kata-py's own.",
+        ),
+    ] = DEFAULT_GUESTS
     accel: Annotated[
         Literal["auto", "kvm", "tcg"],
         key(

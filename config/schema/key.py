@@ -4,10 +4,12 @@
 the key's effect; giving a key an effect, once the code behind it exists, is changing that one word:
 
 * ``now``      the value is used;
-* ``warned``   accepted, but a value other than the default is named in the load warnings, because the user
+* ``warned``   accepted, but a value other than the default gets a line among the load warnings, because the user
                would otherwise believe to have something that is not there;
 * ``ignored``  accepted silently: the value changes nothing that the user could notice with QEMU;
 * ``refused``  a value other than the default is an error: running without what it asks for would be unsafe.
+
+Whatever is not ``now`` has a reason, `why`, which the messages and the reference quote.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple
@@ -56,8 +58,8 @@ def key(
 ) -> Meta:
     """Describe one key.
 
-    `description` is Markdown for the reference; `why` completes "not supported in this version: ..." for a
-    refused key; `hint` says what to do about a wrong or refused value; `ge` and `le` are a number's inclusive
+    `description` is Markdown for the reference; `why` is the reason for an effect other than "now", without a full
+    stop; `hint` says what to do about a wrong value, or instead of the key; `ge` and `le` are a number's inclusive
     bounds.
     """
     extra = {"effect": effect, "unit": unit, "why": why, "hint": hint}

@@ -4,15 +4,18 @@ from typing import Annotated, Literal
 
 from config.schema.key import Count, LogLevel, Section, VsockPort, key
 
+_NO_PASSTHROUGH = "no device of the host reaches a guest, and a container that brings one is refused"
+_TRACING_ONLY = "of use only with `enable_tracing`"
+
 
 class SharedMount(Section, frozen=True):
     """`[[runtime.shared_mounts]]`: a directory of one container that another one sees."""
 
-    name: Annotated[str, key("ignored", "Name of the mount.")] = ""
-    src_ctr: Annotated[str, key("ignored", "Container that owns the directory.")] = ""
-    src_path: Annotated[str, key("ignored", "Absolute path in the owning container.")] = ""
-    dst_ctr: Annotated[str, key("ignored", "Container that sees the directory.")] = ""
-    dst_path: Annotated[str, key("ignored", "Absolute path in the other container.")] = ""
+    name: Annotated[str, key("now", "Name of the mount.")] = ""
+    src_ctr: Annotated[str, key("now", "Container that owns the directory.")] = ""
+    src_path: Annotated[str, key("now", "Absolute path in the owning container.")] = ""
+    dst_ctr: Annotated[str, key("now", "Container that sees the directory.")] = ""
+    dst_path: Annotated[str, key("now", "Absolute path in the other container.")] = ""
 
 
 class Runtime(Section, frozen=True):
@@ -22,8 +25,13 @@ class Runtime(Section, frozen=True):
         bool, key("now", "The shim logs at debug level. Raises `log_level` from info to debug.")
     ] = False
     internetworking_model: Annotated[
-        Literal["tcfilter", "none", "macvtap", "l3forwarding"],
-        key("warned", "How the guest's network card joins the pod's network namespace."),
+        Literal["tcfilter", "none"],
+        key(
+            "now",
+            "How the guest's network devices join the interfaces of the pod's network namespace: by traffic control "
+            "(`tcfilter`), or not at all (`none`).",
+            hint="use tcfilter, which joins interfaces of every kind",
+        ),
     ] = "tcfilter"
     name: Annotated[
         Literal["virt_container"],
@@ -45,59 +53,157 @@ class Runtime(Section, frozen=True):
         bool, key("now", "Do not hand containers' seccomp profiles to the guest.")
     ] = False
     enable_vcpus_pinning: Annotated[
-        bool, key("warned", "Pin each vCPU thread to one CPU of the pod's set.")
+        bool,
+        key(
+            "warned",
+            "Pin each vCPU thread to one CPU of the pod's set.",
+            why="the host's scheduler decides where vCPUs run",
+        ),
     ] = False
-    enable_tracing: Annotated[bool, key("warned", "Send trace spans of the shim to a collector.")] = False
-    jaeger_endpoint: Annotated[str, key("ignored", "Address of the trace collector.")] = ""
-    jaeger_user: Annotated[str, key("ignored", "User name for the trace collector.")] = ""
-    jaeger_password: Annotated[str, key("ignored", "Password for the trace collector.")] = ""
-    disable_new_netns: Annotated[bool, key("warned", "Run the machine in the host's network namespace.")] = (
-        False
-    )
+    enable_tracing: Annotated[
+        bool,
+        key(
+            "warned",
+            "Send trace spans of the shim to a collector.",
+            why="the shim records no spans; `timings.json` in the sandbox's directory below `/run/kata-py` has "
+            "the times of its start",
+        ),
+    ] = False
+    jaeger_endpoint: Annotated[str, key("ignored", "Address of the trace collector.", why=_TRACING_ONLY)] = ""
+    jaeger_user: Annotated[str, key("ignored", "User name for the trace collector.", why=_TRACING_ONLY)] = ""
+    jaeger_password: Annotated[
+        str, key("ignored", "Password for the trace collector.", why=_TRACING_ONLY)
+    ] = ""
+    disable_new_netns: Annotated[
+        bool,
+        key(
+            "now",
+            "Make no network namespace for a sandbox that was given none: its machine runs in the host's.",
+        ),
+    ] = False
     sandbox_cgroup_only: Annotated[
-        bool, key("warned", "Keep every host process of a sandbox in the pod's control group.")
+        bool,
+        key(
+            "warned",
+            "Keep every host process of a sandbox in the pod's control group.",
+            why="host processes stay in the control group that containerd starts shims in",
+        ),
     ] = False
     static_sandbox_resource_mgmt: Annotated[
-        bool, key("warned", "Size the machine once, at boot, from the pod's resource annotations.")
+        bool,
+        key(
+            "now",
+            "Size the machine once, at boot, by the limits of its pod, or of a container without a pod. A pod "
+            "without a limit gets `default_vcpus` or `default_memory`.",
+        ),
     ] = False
     sandbox_bind_mounts: Annotated[
         tuple[str, ...],
-        key("warned", "Host paths, as `path`, `path:ro` or `path:rw`, that every guest can read."),
+        key(
+            "now",
+            "Host paths, as `path` or `path:ro` for reading and `path:rw`, that every guest finds in "
+            "`/run/kata-containers/shared/containers/passthrough/sandbox-mounts`, by the last part of their "
+            "names. Needs `shared_fs`.",
+        ),
     ] = ()
     vfio_mode: Annotated[
         Literal["guest-kernel", "vfio"],
-        key("warned", "What containers see of devices that were passed through."),
+        key("warned", "What containers see of devices that were passed through.", why=_NO_PASSTHROUGH),
     ] = "guest-kernel"
     emptydir_mode: Annotated[
         Literal["shared-fs", "block-encrypted", "block-plain"],
         key(
-            "refused",
-            "Where disk-backed `emptyDir` volumes live.",
-            why="volumes would be plain host directories",
+            "warned",
+            "Where disk-backed `emptyDir` volumes live. `block-encrypted` is refused with `shared_fs`, "
+            "because they would be plain directories.",
+            why="they are directories of the host, which guests without `shared_fs` do not get",
         ),
     ] = "shared-fs"
-    experimental: Annotated[tuple[str, ...], key("warned", "Experimental features, by name.")] = ()
-    enable_pprof: Annotated[bool, key("ignored", "Profiling endpoint of another runtime.")] = False
+    experimental: Annotated[
+        tuple[str, ...],
+        key(
+            "refused", "Experimental features, by name.", why="there are no such features", hint="remove them"
+        ),
+    ] = ()
+    enable_pprof: Annotated[
+        bool,
+        key(
+            "warned",
+            "Offer a profile of the shim.",
+            why="the shim offers none; a sampling profiler can look into its process",
+        ),
+    ] = False
     dan_conf: Annotated[
-        str, key("warned", "Directory with one network description per sandbox, `<sandbox id>.json`.")
+        str,
+        key(
+            "warned",
+            "Directory with one network description per sandbox, `<sandbox id>.json`.",
+            why="guests have the interfaces of their pod's network namespace and no others",
+        ),
     ] = ""
-    guest_selinux_label: Annotated[str, key("warned", "SELinux label of containers inside the guest.")] = ""
+    guest_selinux_label: Annotated[
+        str,
+        key(
+            "refused",
+            "SELinux label of containers inside the guest.",
+            why="containers would run without the label",
+        ),
+    ] = ""
     disable_guest_empty_dir: Annotated[
-        bool, key("warned", "Keep memory-backed `emptyDir` volumes on the host.")
+        bool,
+        key(
+            "ignored",
+            "Keep `emptyDir` volumes on the host, and not in the guest.",
+            why="they are kept on the host with either value",
+        ),
     ] = False
     pod_resource_api_sock: Annotated[
-        str, key("warned", "The kubelet's pod-resources socket, asked which devices a pod was given.")
+        str,
+        key(
+            "warned",
+            "The kubelet's pod-resources socket, asked which devices a pod was given.",
+            why=_NO_PASSTHROUGH,
+        ),
     ] = ""
-    log_level: Annotated[LogLevel, key("now", "Least severe message that the shim logs.")] = "info"
+    log_level: Annotated[
+        LogLevel,
+        key(
+            "now",
+            "Least severe message that the shim logs, unless containerd runs it with debugging: that logs "
+            "everything.",
+        ),
+    ] = "info"
     keep_abnormal: Annotated[
-        bool, key("ignored", "Keep the shim running when the agent stops answering.")
+        bool,
+        key(
+            "now",
+            "Keep a machine that takes no notice of a SIGKILL and of a health check, for somebody to look at "
+            "it. Else it is ended.",
+        ),
     ] = False
     use_passfd_io: Annotated[
-        bool, key("ignored", "Pass standard I/O over sockets that QEMU does not offer.")
+        bool,
+        key(
+            "ignored",
+            "Pass standard I/O over sockets that QEMU does not offer.",
+            why="of other hypervisors, whose vsock is a Unix socket",
+        ),
     ] = False
-    passfd_listener_port: Annotated[VsockPort, key("ignored", "vsock port used with `use_passfd_io`.")] = 1027
+    passfd_listener_port: Annotated[
+        VsockPort,
+        key(
+            "ignored",
+            "vsock port used with `use_passfd_io`.",
+            why="of other hypervisors, whose vsock is a Unix socket",
+        ),
+    ] = 1027
     shared_mounts: Annotated[
-        tuple[SharedMount, ...], key("warned", "Directories shared between containers of one sandbox.")
+        tuple[SharedMount, ...],
+        key(
+            "now",
+            "Directories shared between containers of one sandbox. The agent is asked for them; kata-py's own"
+            " refuses such a container.",
+        ),
     ] = ()
 
 
@@ -107,8 +213,18 @@ class Factory(Section, frozen=True):
     enable_template: Annotated[
         bool, key("refused", "Start machines from a saved template.", why="every sandbox boots its own guest")
     ] = False
-    template_path: Annotated[str, key("ignored", "Directory of the template.")] = "/run/vc/vm/template"
-    vm_cache_number: Annotated[Count, key("warned", "Machines that are kept ready; 0 is none.")] = 0
-    vm_cache_endpoint: Annotated[str, key("ignored", "Socket of the program that keeps machines ready.")] = (
-        "/var/run/kata-containers/cache.sock"
-    )
+    template_path: Annotated[
+        str, key("ignored", "Directory of the template.", why="every sandbox boots its own guest")
+    ] = "/run/vc/vm/template"
+    vm_cache_number: Annotated[
+        Count,
+        key("warned", "Machines that are kept ready; 0 is none.", why="every sandbox boots its own guest"),
+    ] = 0
+    vm_cache_endpoint: Annotated[
+        str,
+        key(
+            "ignored",
+            "Socket of the program that keeps machines ready.",
+            why="every sandbox boots its own guest",
+        ),
+    ] = "/var/run/kata-containers/cache.sock"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypervisor.arch.record import Arch, Cpu, Devices
+from hypervisor.arch.record import Arch, Cpu, Devices, Iommu
 
 X86_64 = Arch(
     name="x86_64",
@@ -19,12 +19,24 @@ X86_64 = Arch(
         user_vsock="vhost-user-vsock-pci",
         vhost_vsock="vhost-vsock-pci",
         fs="vhost-user-fs-pci",
+        plan9="virtio-9p-pci",
         block="virtio-blk-pci",
+        net="virtio-net-pci",
         console="isa-serial",
     ),
     # reboot=t: a triple fault needs no keyboard controller, and -no-reboot turns it into QEMU's exit.
     # The rest spares the kernel work: one UART to look for, no self-tests of ciphers, no SMP patching.
     kernel_words=("console=ttyS0", "reboot=t", "8250.nr_uarts=1", "cryptomgr.notests", "noreplace-smp"),
     tcg_kernel_words=("no_timer_check",),
+    iommu=Iommu(
+        kernel_words=("intel_iommu=on", "iommu=pt"),
+        device="intel-iommu",
+        device_props="intremap=on,device-iotlb=on,caching-mode=on",
+    ),
+    nvdimm=True,
+    dax=True,
+    panic="pvpanic-pci",
+    pcie_ports=True,
+    no_nested_virtualization="vmx=off,svm=off",
     tsc=True,
 )

@@ -13,11 +13,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from hypervisor.errors import InvalidSpec
 
+if TYPE_CHECKING:
+    from hypervisor.spec import BlockAio
+
 Value = str | int | bool | Path
+# QEMU itself mixes both ways to separate words.
+_UNDERSCORED = frozenset({"iommu_platform"})
 
 
 class Switch(Protocol):
@@ -54,15 +59,21 @@ class Props:
 
 
 def join_props(head: Value, props: Props, *, skip: tuple[str, ...] = (), raw: str = "") -> str:
-    """`head,key=value,...` in field order. None is left out, and so are the fields in `skip`."""
+    """`head,key=value,...` in field order. None is left out, and so are the fields in `skip`; two underscores are the
+    dot in a property's name.
+    """
     words = [quoted(head)]
     for field in fields(props):
         value = getattr(props, field.name)
         if value is not None and field.name not in skip:
-            words.append(f"{field.name.replace('_', '-')}={quoted(value)}")
+            words.append(f"{_qemus_name(field.name)}={quoted(value)}")
     if raw:
         words.append(text(raw))
     return ",".join(words)
+
+
+def _qemus_name(field: str) -> str:
+    return field if field in _UNDERSCORED else field.replace("__", ".").replace("_", "-")
 
 
 # Words
@@ -72,6 +83,9 @@ class Name(Head):
     """`-name`: shown by `ps`, and QEMU's name for the guest in its messages."""
 
     def argv(self) -> list[str]:
+        # QEMU would take what is before it for an option.
+        if "=" in text(self.value):
+            raise InvalidSpec(f"a machine's name cannot hold =: {self.value}")
         return ["-name", quoted(self.value)]
 
 
@@ -86,8 +100,8 @@ class Initrd(Head):
     """`-initrd`."""
 
     def argv(self) -> list[str]:
-        # QEMU reads a comma as the start of the next multiboot module.
-        return ["-initrd", quoted(self.value)]
+        # As it is: commas separate modules of multiboot kernels only, which Linux is none of.
+        return ["-initrd", text(self.value)]
 
 
 class Append(Head):
@@ -140,6 +154,8 @@ class Machine(Props):
     type: str
     raw: str = ""
     memory_backend: str
+    nvdimm: bool | None = None
+    confidential_guest_support: str | None = None
 
     def argv(self) -> list[str]:
         return ["-machine", join_props(self.type, self, skip=("type", "raw"), raw=self.raw)]
@@ -151,6 +167,7 @@ class Accelerator(Props):
 
     accel: Literal["kvm", "tcg"]
     tb_size: int | None = None
+    kernel_irqchip: Literal["split"] | None = None
 
     def argv(self) -> list[str]:
         return ["-accel", join_props(self.accel, self, skip=("accel",))]
@@ -189,6 +206,7 @@ class MemoryBackendMemfd(Props):
     size: str
     share: bool = True
     prealloc: bool | None = None
+    reserve: bool | None = None
     hugetlb: bool | None = None
 
     def argv(self) -> list[str]:
@@ -217,6 +235,7 @@ class Mon(Props):
 
     chardev: str
     mode: Literal["control", "readline"] = "control"
+    pretty: bool | None = None
 
     def argv(self) -> list[str]:
         return ["-mon", join_props(self.chardev, self, skip=("chardev",))]
@@ -237,6 +256,7 @@ class Device(Props):
     """Base of `-device DRIVER,...`."""
 
     driver: str
+    iommu_platform: bool | None = None
 
     def argv(self) -> list[str]:
         return ["-device", join_props(self.driver, self, skip=("driver",))]
@@ -278,8 +298,11 @@ class BlockdevFile(Props):
     """`-blockdev driver=file`: a raw disk image."""
 
     node_name: str
-    filename: Path
+    filename: Path | str
     read_only: bool = True
+    aio: BlockAio | None = None
+    cache__direct: bool | None = None
+    cache__no_flush: bool | None = None
 
     def argv(self) -> list[str]:
         return ["-blockdev", join_props("driver=file", self)]
@@ -290,3 +313,7 @@ class VirtioBlk(Device):
     """A virtio disk on a `-blockdev` node."""
 
     drive: str
+    iothread: str | None = None
+    serial: str | None = None
+    queue_size: int | None = None
+    num_queues: int | None = None

@@ -1,7 +1,7 @@
 """The guest kernel's command line: one pure function, and the rules by which words replace each other.
 
 Order: the architecture's words, words for speed by accelerator, how much the kernel talks, Kata's words, the
-root file system of an image, what the agent is told, and last the configured `kernel_params`.
+root file system of an image, the IOMMU, what the agent is told, and last the configured `kernel_params`.
 
 Replacement: a configured word takes the place of ours with the same key (the part before `=`), so
 `panic=10` is enough to change `panic=-1`; no word of ours has to be removed by hand. Keys that the kernel or
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
+
+from hypervisor.errors import InvalidSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,13 +29,15 @@ _KATA_WORDS = (
 )
 # The disk is attached read-only, so nothing may be replayed or remounted on errors for writing.
 _ROOTFLAGS: dict[RootfsType, tuple[str, ...]] = {
-    "ext4": ("rootflags=data=ordered,errors=remount-ro", "ro"),
-    "xfs": ("rootflags=ro",),
-    "erofs": ("rootflags=ro",),
+    "ext4": ("data=ordered", "errors=remount-ro"),
+    "xfs": (),
+    "erofs": (),
 }
 _ADDING_KEYS = frozenset(
     {"console", "earlycon", "systemd.mask", "systemd.wants", "systemd.setenv", "modprobe.blacklist", "dyndbg"}
 )
+# What says how the guest boots is inside the kernel's file when that is sealed.
+_BOOT_KEYS = frozenset({"reboot", "systemd.unit", "systemd.mask", "root", "rootflags", "rootfstype"})
 _WORD = re.compile(r'(?:[^\s"]|"[^"]*"?)+')
 
 
@@ -45,10 +49,19 @@ def kernel_command_line(spec: VmSpec, arch: Arch) -> str:
         "panic=-1",  # at once: -no-reboot makes it QEMU's exit, and the exit is how we learn of it
         *(() if spec.debug else ("quiet",)),
         *_KATA_WORDS,
-        *_root_words(spec),
+        *_root_words(spec, arch),
+        *(
+            f"kata.extension.{e.name}.verity_params={e.verity_params}"
+            for e in spec.extensions
+            if e.verity_params
+        ),
+        *(arch.iommu.kernel_words if spec.iommu and arch.iommu is not None else ()),
         *_agent_words(spec),
     ]
-    return " ".join(merged(words, split(spec.kernel_params)))
+    words = merged(words, split(spec.kernel_params))
+    if spec.protection is not None and spec.protection.boots_from_kernel:
+        words = [word for word in words if _key(word) not in _BOOT_KEYS]
+    return " ".join(words)
 
 
 def merged(words: Iterable[str], configured: Iterable[str]) -> list[str]:
@@ -82,10 +95,20 @@ def _tcg_words(spec: VmSpec, arch: Arch) -> tuple[str, ...]:
     return arch.tcg_kernel_words
 
 
-def _root_words(spec: VmSpec) -> tuple[str, ...]:
+def _root_words(spec: VmSpec, arch: Arch) -> tuple[str, ...]:
     if spec.image is None:
+        if spec.verity is not None:
+            raise InvalidSpec("kernel_verity_params are of an image, and the guest has none; set image")
         return ()
-    return ("root=/dev/vda1", *_ROOTFLAGS[spec.rootfs_type], f"rootfstype={spec.rootfs_type}")
+    disk = "/dev/pmem0p" if spec.rootfs_driver == "nvdimm" else "/dev/vda"
+    flags, root, before = _ROOTFLAGS[spec.rootfs_type], f"{disk}1", tuple[str, ...]()
+    if spec.verity is not None:
+        # Checked blocks are copies, so there is nothing that could be mapped directly.
+        before, root = (spec.verity.kernel_word(f"{disk}1", f"{disk}2"),), "/dev/dm-0"
+    elif spec.rootfs_driver == "nvdimm" and arch.dax:
+        flags = ("dax", *flags)
+    read_only = (f"rootflags={','.join(flags)}", "ro") if flags else ("rootflags=ro",)
+    return (*before, f"root={root}", *read_only, f"rootfstype={spec.rootfs_type}")
 
 
 def _agent_words(spec: VmSpec) -> list[str]:

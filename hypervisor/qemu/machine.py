@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 import structlog
 
 from hypervisor.console import Console
-from hypervisor.errors import BootFailed, QmpUnavailable
+from hypervisor.errors import BootFailed, HostUnsupported, HypervisorError, QmpUnavailable
 from hypervisor.process import spawned
-from hypervisor.qemu.cmdline import Fds, build_cmdline
+from hypervisor.qemu.cmdline import RARE_TYPES, Fds, build_cmdline, types_in
 from hypervisor.qemu.qmp import Monitor, connected
 from hypervisor.sockets import listener_and_connection, unix_listener
 from hypervisor.virtiofsd import shared_dir
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hypervisor.process import Process, ProcessExit
-    from hypervisor.spec import VmSpec
+    from hypervisor.qemu.events import Event
+    from hypervisor.qemu.nic import Interfaces, NicFds
+    from hypervisor.spec import Nic, VmSpec
     from hypervisor.vsock.base import OnConnection, Vsock
 
 log = structlog.get_logger(__name__)
@@ -50,19 +52,27 @@ class Machine:
     """A machine whose QEMU runs and answers its monitor. Made by `booted()`, which also ends it."""
 
     def __init__(
-        self, qemu: Process, helpers: Mapping[str, Process], console: Console, vsock: Vsock | None
+        self,
+        spec: VmSpec,
+        qemu: Process,
+        helpers: Mapping[str, Process],
+        console: Console,
+        vsock: Vsock | None,
     ) -> None:
         self.pid = qemu.pid
         self.pids = {"qemu": qemu.pid, **{name: helper.pid for name, helper in helpers.items()}}
         self.exited: asyncio.Future[ProcessExit] = qemu.exited
         self.timings: dict[str, float] = {}
         """Monotonic seconds of `spawned` (QEMU runs) and `qmp_ready`."""
+        self._spec = spec
+        self._interfaces: Interfaces | None = None
         self._qemu = qemu
         self._helpers = helpers
         self._console = console
         self._vsock = vsock
         self._monitor: Monitor | None = None
         self._culprit: str | None = None
+        self._saving: asyncio.Task[None] | None = None
 
     @property
     def vsock(self) -> Vsock:
@@ -84,7 +94,12 @@ class Machine:
         return self._console.tail()
 
     def last_progress(self) -> float:
-        """Loop time of the guest's last word on its console; until there is one, of the machine's start."""
+        """Loop time of the guest's last word on its console; until there is one, of the machine's start.
+
+        A guest whose memory is being saved is not expected to make progress.
+        """
+        if self._saving is not None:
+            return asyncio.get_running_loop().time()
         return self._console.last_read_at
 
     async def pause(self) -> None:
@@ -94,6 +109,22 @@ class Machine:
     async def resume(self) -> None:
         """Let the guest's processors run. Raises QmpError."""
         await self.monitor.cont()
+
+    async def plug_nic(self, nic: Nic) -> None:
+        """Give the guest one more network interface. Raises HotplugRefused, HostUnsupported, QmpError."""
+        await self._nics.plug(self.monitor, nic)
+
+    async def unplug_nic(self, nic_id: str) -> None:
+        """Take a network interface away; one that is not there is fine. Raises HotplugRefused, QmpError."""
+        await self._nics.unplug(self.monitor, nic_id)
+
+    @property
+    def _nics(self) -> Interfaces:
+        if self._interfaces is None:
+            from hypervisor.qemu.nic import Interfaces
+
+            self._interfaces = Interfaces(self._spec)
+        return self._interfaces
 
     async def stop(self) -> None:
         """End the machine now and wait for QEMU's end; repeating it is harmless.
@@ -133,13 +164,47 @@ class Machine:
             self._culprit = reason
             self._qemu.kill()
 
-    async def _connect_monitor(self, spec: VmSpec, undo: AsyncExitStack) -> None:
+    def _heard(self, event: Event) -> None:
+        """QEMU of a machine with `dump_dir` stops where others end: it is ended here."""
+        _log_event(event)
+        if self._spec.dump_dir is None or self._saving is not None:
+            return
+        from hypervisor.qemu.dump import is_panic
+        from hypervisor.qemu.events import Shutdown
+
+        if is_panic(event):
+            self._saving = asyncio.create_task(self._save_memory())
+        elif isinstance(event, Shutdown) and event.guest:
+            self._qemu.kill()
+
+    async def _save_memory(self) -> None:
+        from hypervisor.qemu import dump
+
+        self._culprit = _with_last_line("the guest's kernel gave up", self.console_tail())
+        try:
+            core = await dump.guest_memory(self.monitor, self._spec, self._qemu.argv, self.console_tail())
+            log.error("guest_memory_saved", file=str(core))
+        except (HypervisorError, OSError) as err:
+            log.error("guest_memory_not_saved", error=str(err))
+        finally:
+            self._qemu.kill()
+
+    async def _end_saving(self) -> None:
+        if self._saving is not None:
+            self._saving.cancel()
+            await asyncio.wait([self._saving])
+
+    async def _connect_monitor(self, undo: AsyncExitStack) -> None:
+        spec = self._spec
         try:
             self._monitor = await undo.enter_async_context(
-                connected(_qmp_path(spec), spec.qmp, self.exited, _log_event)
+                connected(_qmp_path(spec), spec.qmp, self.exited, self._heard)
             )
         except QmpUnavailable as err:
-            raise self.failure(_WHAT, str(err)) from err
+            failure = self.failure(_WHAT, str(err))
+            if failure.exit is not None and failure.exit.status:
+                await _explain(failure, self._qemu.argv, spec.run_dir)
+            raise failure from err
         self.timings["qmp_ready"] = time.monotonic()
 
 
@@ -152,11 +217,20 @@ async def booted(
     The machine is given away when QEMU answers its monitor, long before the guest is up. `listeners` are host
     ports that the guest may connect to, open before the guest's first instruction.
 
-    Raises BootFailed when QEMU or virtiofsd does not come up, ProgramNotFound, HostUnsupported, InvalidSpec.
+    Raises BootFailed when QEMU or virtiofsd does not come up, ProgramNotFound, HostUnsupported, InvalidSpec; OSError
+    when the host is short of something.
     """
     _check_files(spec)
+    if spec.user is not None:
+        from hypervisor import rootless
+
+        await rootless.check(spec, spec.user)
     async with AsyncExitStack() as undo:
-        yield await _boot(spec, listeners or {}, undo)
+        try:
+            machine = await _boot(spec, listeners or {}, undo)
+        except OSError as err:  # of a system call: the host lacks something
+            raise OSError(err.errno, f"{_WHAT}: {err.strerror}", err.filename) from err
+        yield machine
 
 
 async def _boot(spec: VmSpec, listeners: Mapping[int, OnConnection], undo: AsyncExitStack) -> Machine:
@@ -164,6 +238,7 @@ async def _boot(spec: VmSpec, listeners: Mapping[int, OnConnection], undo: Async
     with ExitStack() as handed_over:  # what QEMU inherits, and what is ours no longer once it runs
         console_end, guest_end = socket.socketpair()
         handed_over.enter_context(guest_end)
+        undo.callback(console_end.close)  # also when the console cannot be made
         console = Console(console_end, spec.run_dir / "console.log")
         undo.callback(console.close)
         qmp = handed_over.enter_context(unix_listener(_qmp_path(spec)))
@@ -176,23 +251,40 @@ async def _boot(spec: VmSpec, listeners: Mapping[int, OnConnection], undo: Async
             vsock=vsock.fd,
             guest_cid=vsock.guest_cid,
             shares=tuple(connection.fileno() for _, connection in shares),
+            initdata=_initdata_fd(spec, handed_over),
+            nics=_nics(spec, handed_over),
         )
         argv = build_cmdline(spec, fds)
-        qemu = await undo.enter_async_context(spawned(argv, fds=fds.all(), netns=spec.netns))
+        if any(name in RARE_TYPES for _, name in types_in(argv)):
+            from hypervisor.qemu.capabilities import demand
+
+            await demand(argv, spec.run_dir)
+        qemu = await undo.enter_async_context(
+            spawned(argv, fds=fds.all(), netns=spec.netns, user=spec.user, selinux_label=spec.selinux_label)
+        )
     spawned_at = time.monotonic()
     device = _started_vsock(vsock, listeners, undo)
     helpers = {
         f"virtiofsd{index or ''}": await undo.enter_async_context(shared_dir(share, listener))
         for index, (share, (listener, _)) in enumerate(zip(spec.shares, shares, strict=True))
     }
-    machine = Machine(qemu, helpers, console, device)
+    machine = Machine(spec, qemu, helpers, console, device)
     machine.timings["spawned"] = spawned_at
     for name, helper in helpers.items():
         undo.callback(asyncio.create_task(machine._watch(name, helper)).cancel)
-    await machine._connect_monitor(spec, undo)
+    await machine._connect_monitor(undo)
+    undo.push_async_callback(machine._end_saving)
     undo.callback(qemu.kill)  # first of all at the end: the rest of the undoing then meets no resistance
     log.info("machine_started", vm=spec.name, pid=machine.pid, accel=spec.accel)
     return machine
+
+
+def _initdata_fd(spec: VmSpec, handed_over: ExitStack) -> int | None:
+    if spec.initdata is None:
+        return None
+    fd = os.open(spec.initdata, os.O_RDONLY | os.O_CLOEXEC)
+    handed_over.callback(os.close, fd)
+    return fd
 
 
 def _share_sockets(
@@ -202,6 +294,17 @@ def _share_sockets(
     listener, connection = listener_and_connection(spec.run_dir / f"fs{index}.sock")
     undo.callback(listener.close)
     return listener, handed_over.enter_context(connection)
+
+
+def _nics(spec: VmSpec, handed_over: ExitStack) -> tuple[NicFds, ...]:
+    """The taps, in the machine's network namespace. They last as long as QEMU, who alone has them open then."""
+    if not spec.nics:
+        return ()
+    from hypervisor.netns import entered
+    from hypervisor.qemu.nic import opened
+
+    with entered(spec.netns):
+        return tuple(opened(nic, handed_over) for nic in spec.nics)
 
 
 @dataclass(frozen=True)
@@ -248,7 +351,9 @@ def _started_vsock(
 
 def _check_files(spec: VmSpec) -> None:
     """Say at once, and with a remedy, what QEMU would say later and in its own words."""
-    for key, path in (("kernel", spec.kernel), ("initrd", spec.initrd), ("image", spec.image)):
+    flash = (("pflashes", path) for path in spec.pflash)
+    files = (("kernel", spec.kernel), ("initrd", spec.initrd), ("image", spec.image))
+    for key, path in (*files, ("image_initrd", spec.image_initrd), ("firmware", spec.firmware), *flash):
         if path is not None and not path.is_file():
             raise BootFailed(
                 _WHAT,
@@ -266,16 +371,34 @@ def _end_of(name: str, ended: ProcessExit) -> str:
 
 
 def _with_last_line(text: str, lines: Sequence[str]) -> str:
-    """Add the line that tells most: a panic's first one, which its registers and stack follow, else the last."""
+    """Add the line that tells most: a panic's first one, which its registers and stack follow, else the last one before
+    the kernel's farewell.
+    """
     panics = [line for line in lines if "Kernel panic" in line]
-    return f"{text}: {(panics or lines)[-1]}" if lines else text
+    words = [line for line in lines if "reboot: Restarting system" not in line]
+    return f"{text}: {(panics or words or lines)[-1]}" if lines else text
 
 
-def _log_event(name: str, data: Mapping[str, object]) -> None:
+async def _explain(failure: BootFailed, argv: Sequence[str], run_dir: Path) -> None:
+    """Raise HostUnsupported when it was for a lack of QEMU's that QEMU ended; what it said itself is for the log."""
+    from hypervisor.qemu.capabilities import demand
+
+    try:
+        await demand(argv, run_dir)
+    except HostUnsupported as err:
+        log.error("qemu_refused_command_line", qemu=list(failure.stderr_tail))
+        raise err from failure
+    except HypervisorError as err:
+        log.debug("capabilities_unknown", qemu=argv[0], error=str(err))
+
+
+def _log_event(event: Event) -> None:
     """What QEMU tells about the guest, as far as it matters for understanding its end."""
-    if name == "GUEST_PANICKED":
-        log.error("guest_panicked", data=dict(data))
-    elif name == "SHUTDOWN":
-        log.info("guest_shut_down", reason=data.get("reason"), by_guest=data.get("guest"))
+    from hypervisor.qemu.events import GuestPanicked, Shutdown
+
+    if isinstance(event, GuestPanicked):
+        log.error("guest_panicked", action=event.action)
+    elif isinstance(event, Shutdown):
+        log.info("guest_shut_down", reason=event.reason, by_guest=event.guest)
     else:
-        log.debug("qmp_event", event_name=name, data=dict(data))
+        log.debug("qmp_event", qemu_event=event)

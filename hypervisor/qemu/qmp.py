@@ -1,4 +1,4 @@
-"""QEMU's monitor: the only module that talks QMP.
+"""QEMU's monitor: the session with it. Nothing else talks QMP; rare commands are typed in `qemu.commands`.
 
 The handshake (connect, greeting, capabilities) is retried as one unit. QEMU is given a socket that already
 listens, so connecting always succeeds; what may be late or lost is the greeting, and a monitor that was
@@ -7,6 +7,8 @@ dropped in the middle serves the next connection.
 `qemu.qmp` is imported when the first connection is made, not with this module: by then QEMU is already
 starting. The library reports every failed attempt as an error in the `logging` module; we report what matters
 ourselves.
+
+Commands go one at a time: a descriptor is for the command that follows it, so nothing may come in between.
 """
 
 from __future__ import annotations
@@ -15,33 +17,37 @@ import asyncio
 import contextlib
 import logging
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 import structlog
 
-from hypervisor.errors import QmpRefused, QmpUnavailable
+from hypervisor.errors import HostUnsupported, QmpRefused, QmpUnavailable
 from hypervisor.sockets import unix_connection
 from hypervisor.waiting import outlast
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
     from pathlib import Path
     from typing import Any, TypeAlias
 
     from qemu.qmp import EventListener, QMPClient
 
     from hypervisor.process import ProcessExit
+    from hypervisor.qemu.events import Event
     from hypervisor.spec import QmpTimeouts
 
-    OnEvent: TypeAlias = Callable[[str, Mapping[str, object]], None]
+    OnEvent: TypeAlias = Callable[[Event], None]
     _Session: TypeAlias = tuple[QMPClient, EventListener]
 
 log = structlog.get_logger(__name__)
 
-# QEMU runs an untrusted guest, so its messages are bounded; the longest it has reason to send are some 10 kB.
+# QEMU runs an untrusted guest, so its messages are bounded; the longest that it has reason to send,
+# the list of its types, has some 60 kB.
 _MESSAGE_BYTES = 1 << 20
 _PROBLEM_CHARS = 200
+# The first with `-machine memory-backend=`, by which guests share their memory with virtiofsd and us.
+OLDEST_QEMU = (5, 0)
 
 
 class Monitor:
@@ -53,60 +59,102 @@ class Monitor:
         self._client = client
         self._path = path
         self._command_timeout_s = command_timeout_s
+        self._one_at_a_time = asyncio.Lock()
+        self._listeners: list[OnEvent] = []
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """QEMU's version, of its greeting."""
+        greeting = self._client.greeting
+        numbers = greeting.QMP.version.get("qemu") if greeting is not None else None
+        if isinstance(numbers, dict):
+            major, minor, micro = (numbers.get(part) for part in ("major", "minor", "micro"))
+            if isinstance(major, int) and isinstance(minor, int) and isinstance(micro, int):
+                return major, minor, micro
+        raise QmpUnavailable(f"QEMU's monitor at {self._path} greeted without a version")
+
+    @contextmanager
+    def listening(self, on_event: OnEvent) -> Iterator[None]:
+        """`on_event` hears of every event that arrives during the block."""
+        self._listeners.append(on_event)
+        try:
+            yield
+        finally:
+            self._listeners.remove(on_event)
+
+    async def lost(self) -> None:
+        """Return when the connection is gone; no event arrives after that."""
+        from qemu.qmp import Runstate
+
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
 
     async def query_status(self) -> str:
         """QEMU's word for the machine's state: "running", "paused", "shutdown", ..."""
-        reply = await self._execute("query-status")
+        reply = await self.execute("query-status")
         if isinstance(reply, dict) and isinstance(status := reply.get("status"), str):
             return status
         raise QmpUnavailable(f"QEMU's monitor at {self._path} answered query-status without a status")
 
     async def stop(self) -> None:
         """Stop all virtual processors."""
-        await self._execute("stop")
+        await self.execute("stop")
 
     async def cont(self) -> None:
         """Let them run again."""
-        await self._execute("cont")
+        await self.execute("cont")
 
     async def quit(self) -> None:
         """Ask QEMU to end itself."""
-        await self._execute("quit")
+        await self.execute("quit")
 
     async def system_powerdown(self) -> None:
         """Press the machine's power button; the guest may ignore it."""
-        await self._execute("system_powerdown")
+        await self.execute("system_powerdown")
 
-    async def _execute(self, command: str) -> object:
-        from qemu.qmp import ExecInterruptedError, ExecuteError, StateError
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, fd: int | None = None
+    ) -> object:
+        """QEMU's answer to a command. `fd` goes with it, for commands that take a descriptor; it stays open here."""
+        from qemu.qmp import ExecInterruptedError, ExecuteError, QMPError
 
         try:
-            async with asyncio.timeout(self._command_timeout_s):
-                return await self._client.execute(command)
+            async with self._one_at_a_time, asyncio.timeout(self._command_timeout_s):
+                if fd is not None:
+                    self._client.send_fd_scm(fd)
+                return await self._client.execute(command, arguments)
         except ExecuteError as err:
-            raise QmpRefused(command, err.error_class, str(err)) from err
+            raise QmpRefused(command, err.error_class, _line(str(err))) from err
         except TimeoutError as err:
             limit = f"{self._command_timeout_s:g} s"
             raise QmpUnavailable(
                 f"QEMU's monitor at {self._path} did not answer {command} within {limit}"
             ) from err
-        except (ExecInterruptedError, StateError) as err:
+        # StateError: it was gone before; BadReplyError: it says what no QEMU says; OSError: of sending the descriptor.
+        except (ExecInterruptedError, QMPError, OSError) as err:
             raise QmpUnavailable(f"QEMU's monitor at {self._path} is gone, cannot {command}") from err
+
+    def _dispatch(self, event: Event) -> None:
+        for listener in [*self._listeners]:
+            listener(event)
 
 
 @asynccontextmanager
 async def connected(
     path: Path, timeouts: QmpTimeouts, qemu_exited: asyncio.Future[ProcessExit], on_event: OnEvent
 ) -> AsyncIterator[Monitor]:
-    """The monitor at `path` for the length of the block; `on_event` gets each event's name and data.
+    """The monitor at `path` for the length of the block; `on_event` gets each event that we know.
 
     Raises QmpUnavailable when no handshake succeeded in `timeouts.connect_timeout_s`, and at once when QEMU
-    ends.
+    ends; HostUnsupported when it is too old.
     """
     client, events = await _unless_exited(_handshake(path, timeouts), qemu_exited)
-    watching = asyncio.create_task(_pass_on(events, on_event))
+    monitor = Monitor(client, path, timeouts.command_timeout_s)
+    watching = asyncio.create_task(_pass_on(events, monitor))
     try:
-        yield Monitor(client, path, timeouts.command_timeout_s)
+        _check_age(monitor.version)
+        with monitor.listening(on_event):
+            yield monitor
     finally:
         watching.cancel()
         await _disconnect(client)
@@ -203,10 +251,26 @@ def _silence_library() -> None:
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 
-async def _pass_on(events: EventListener, on_event: OnEvent) -> None:
+def _check_age(version: tuple[int, int, int]) -> None:
+    if version[:2] < OLDEST_QEMU:
+        found, needed = ".".join(map(str, version)), ".".join(map(str, OLDEST_QEMU))
+        raise HostUnsupported(f"QEMU {found} is too old; install {needed} or later, or name one as path")
+
+
+async def _pass_on(events: EventListener, monitor: Monitor) -> None:
     async for message in events:
-        data = message.get("data")
-        on_event(str(message["event"]), data if isinstance(data, dict) else {})
+        from hypervisor.qemu.events import event_from
+
+        name, data = str(message["event"]), message.get("data")
+        event = event_from(name, data if isinstance(data, dict) else {})
+        if event is None:
+            log.debug("qmp_event", event_name=name, data=data)
+        else:
+            monitor._dispatch(event)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:_PROBLEM_CHARS]
 
 
 async def _disconnect(client: QMPClient) -> None:

@@ -2,7 +2,7 @@
 
 Environment: KATA_PY_TEST_CONTAINERD_DIR is a folder with another version's `containerd` and `ctr`;
 KATA_PY_TEST_LOG_LEVEL=debug makes containerd and the shims say more. What a failed test leaves for reading
-is in build/test-results/<test>.
+is in build/test-results/<test>, or in KATA_PY_TEST_RESULTS.
 """
 
 from __future__ import annotations
@@ -11,24 +11,37 @@ import os
 import re
 import secrets
 import signal
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import dev_config
 import pytest
-from private_containerd import PrivateContainerd
 
 from tests.integration import containerd as support
+from tests.support import host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
 HERE = Path(__file__).resolve().parent
-RESULTS = support.REPOSITORY / "build" / "test-results"
+RESULTS = Path(os.environ.get("KATA_PY_TEST_RESULTS") or support.REPOSITORY / "build" / "test-results")
 # A boot without KVM takes seconds, and the first test also pays for starting containerd.
 TEST_TIMEOUT_S = 300
+# What these are about lies between shim and guest, and containerd's version has no part in it.
+ONE_VERSION_MODULES = frozenset(
+    {
+        "test_execs",
+        "test_failed_creates",
+        "test_fault_matrix",
+        "test_foreign",
+        "test_idle",
+        "test_network",
+        "test_oom",
+        "test_output",
+        "test_pod_security",
+        "test_pod_volumes",
+    }
+)
 FAILED = pytest.StashKey[bool]()
 
 
@@ -46,6 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("integration")
+            if item.path.stem in ONE_VERSION_MODULES:
+                item.add_marker("one_version")
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(TEST_TIMEOUT_S))
 
@@ -61,36 +76,28 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture(scope="session")
-def containerd() -> Iterator[support.Containerd]:
+def adopted_orphans() -> Iterator[None]:
+    """What containerd's programs leave without a parent becomes this session's, until its end."""
+    host.adopt_orphans(adopt=True)
+    yield
+    host.adopt_orphans(adopt=False)
+
+
+@pytest.fixture(scope="session")
+def containerd(adopted_orphans: None) -> Iterator[support.Containerd]:
     """A private containerd with the image imported; it and all it started end with the session."""
-    if os.geteuid() != 0:
-        pytest.skip("containerd and QEMU with shared directories need root")
-    for path, target in ((support.GUEST / "manifest.json", "guest"), (support.IMAGE_ARCHIVE, "image")):
-        if not path.exists():
-            pytest.fail(f"{path.relative_to(support.REPOSITORY)} is missing: run `make {target} launchers`")
-    programs = os.environ.get("KATA_PY_TEST_CONTAINERD_DIR")
-    support.adopt_orphans(adopt=True)
-    # Short on purpose: Unix sockets below it must fit into 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="kp-", dir="/tmp"))
-    config = folder / "configuration.toml"
-    config.write_text(dev_config.render(support.GUEST, writer="tests/integration"))
-    server = PrivateContainerd(
-        folder=folder,
-        programs=Path(programs).resolve() if programs else None,
-        search_path=(support.REPOSITORY / "build" / "bin",),
-        environment={"KATA_CONF_FILE": str(config)},
-        log_level=os.environ.get("KATA_PY_TEST_LOG_LEVEL", "info"),
-    )
     namespace = f"kp-{secrets.token_hex(4)}"
-    try:
-        server.start()
-        snapshotter = server.snapshotter()
-        server.import_image(support.IMAGE_ARCHIVE, snapshotter=snapshotter, namespace=namespace)
-        yield support.Containerd(server=server, namespace=namespace, snapshotter=snapshotter, config=config)
-    finally:
-        server.remove()
-        support.remove_namespace_cgroups(namespace)
-        support.adopt_orphans(adopt=False)
+    with support.running(namespace) as containerd:
+        yield containerd
+    support.remove_namespace_cgroups(namespace)
+
+
+@pytest.fixture
+def restored_configuration(containerd: support.Containerd) -> Iterator[None]:
+    """For tests that write another configuration: the next one finds it as it was."""
+    text = containerd.config.read_text()
+    yield
+    containerd.config.write_text(text)
 
 
 @pytest.fixture

@@ -8,26 +8,30 @@ leftover.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
+import re
 import select
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import busybox_image
+import dev_config
+import pytest
 import sandboxes
+from private_containerd import PrivateContainerd
+
+from tests.support.host import descendants
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from private_containerd import PrivateContainerd
+    from collections.abc import Collection, Iterator, Sequence
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 GUEST = REPOSITORY / "build" / "guest"
@@ -38,7 +42,6 @@ RUNTIME = "io.containerd.kata-py.v2"
 # How long a shim and what belongs to it may need to be gone after containerd considers the task deleted.
 SETTLE_S = 10.0
 CGROUPS = Path("/sys/fs/cgroup")
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # What is in the first ones is named after a sandbox, so that the things of other sandboxes on the host can be told
 # apart; what is in the others is not.
 SANDBOX_FOLDERS = ("/run/kata-py", "/run/kata-containers/shared/sandboxes")
@@ -50,7 +53,8 @@ COMMON_FOLDERS = ("/run/netns", "/dev/shm", "/sys/class/net")
 class Containerd:
     """What a test needs of the private containerd. All tests share one instance and one namespace.
 
-    `snapshotter` is the one the image is unpacked for; `config` is the configuration that shims read.
+    `snapshotter` is the one the image is unpacked for; `config` is the configuration that shims read. `cgroup_parent`
+    is what tells the containers' control groups from those of others: the namespace, unless CRI is told another word.
     """
 
     server: PrivateContainerd
@@ -59,6 +63,15 @@ class Containerd:
     config: Path
     runtime: str = RUNTIME
     ids: list[str] = field(default_factory=list)
+    cgroup_parent: str = ""
+    image: str = IMAGE
+    platform: str = ""
+    """Of the image, as containerd names it; empty is the host's."""
+    run_options: tuple[str, ...] = ()
+    """Of every `ctr run`."""
+
+    def __post_init__(self) -> None:
+        self.cgroup_parent = self.cgroup_parent or self.namespace
 
     def new_id(self, word: str = "c") -> str:
         """A container id that nobody else on the host has, and that the host's state is searched for."""
@@ -68,8 +81,11 @@ class Containerd:
     def ctr(
         self, *args: str, input: str | None = None, timeout_s: float = 60.0
     ) -> subprocess.CompletedProcess[str]:
-        """Runs `ctr` in the namespace of the tests and returns whatever it answered."""
-        return self.server.ctr(*args, namespace=self.namespace, input=input, timeout_s=timeout_s)
+        """Runs `ctr` in the namespace of the tests and returns whatever it answered, but for its own advice."""
+        done = self.server.ctr(*args, namespace=self.namespace, input=input, timeout_s=timeout_s)
+        # containerd 2.2 and later, on a host with cgroup v1, before anything that the container writes.
+        done.stderr = re.sub(r'time="[^"]*" level=warning msg="DEPRECATION: [^"]*"\n', "", done.stderr)
+        return done
 
     def checked(self, *args: str, timeout_s: float = 60.0) -> str:
         """Standard output of a `ctr` call that has to succeed."""
@@ -85,11 +101,14 @@ class Containerd:
         )
 
     def run_arguments(
-        self, container: str, command: Sequence[str], *, options: Sequence[str] = (), image: str = IMAGE
+        self, container: str, command: Sequence[str], *, options: Sequence[str] = (), image: str = ""
     ) -> list[str]:
         """Arguments of a `ctr run` with our runtime, the right snapshotter, and FIFOs where we own them."""
         fixed = [*self.server.fifo_options(), "--snapshotter", self.snapshotter, "--runtime", self.runtime]
-        return ["run", *fixed, *options, image, container, *command]
+        fixed += self.run_options
+        if self.platform:
+            fixed += ["--platform", self.platform]
+        return ["run", *fixed, *options, image or self.image, container, *command]
 
     def run(
         self,
@@ -134,6 +153,10 @@ class Containerd:
         self.ctr("tasks", "rm", "--force", container, timeout_s=timeout_s)
         self.checked("containers", "rm", container, timeout_s=timeout_s)
 
+    def end_all(self, *, keep: Collection[str]) -> None:
+        """Ends every task and container but those with the ids to `keep`, after a test that could not do it itself."""
+        self.server.end_tasks(keep=keep)
+
     def objects(self) -> frozenset[str]:
         """Tasks and containers that containerd knows in the namespace of the tests."""
         tasks = self.checked("tasks", "ls", "--quiet").split()
@@ -141,38 +164,33 @@ class Containerd:
         return frozenset([f"task {name}" for name in tasks] + [f"container {name}" for name in containers])
 
 
-def adopt_orphans(*, adopt: bool) -> None:
-    """Makes this process the parent of its descendants' orphans; or ends that, and reaps them."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    if not adopt:
-        for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            with suppress(ChildProcessError):
-                os.waitpid(int(pid), os.WNOHANG)
-
-
-def descendants(ancestor: int) -> dict[int, str]:
-    """Living processes below `ancestor` with their command lines. Threads and zombies do not count."""
-    children: dict[int, list[int]] = {}
-    names: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with suppress(OSError):
-            state, parent, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
-            pid = int(entry.name)
-            children.setdefault(int(parent), []).append(pid)
-            if state not in "ZX":
-                names[pid] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    found: dict[int, str] = {}
-    rest = [ancestor]
-    while rest:
-        for pid in children.get(rest.pop(), []):
-            rest.append(pid)
-            if pid in names:
-                found[pid] = names[pid].strip()
-    return found
+@contextmanager
+def running(namespace: str) -> Iterator[Containerd]:
+    """A private containerd with the image imported; it and all it started end with the block."""
+    if os.geteuid() != 0:
+        pytest.skip("containerd and QEMU with shared directories need root")
+    for path, target in ((GUEST / "manifest.json", "guest"), (IMAGE_ARCHIVE, "image")):
+        if not path.exists():
+            pytest.fail(f"{path.relative_to(REPOSITORY)} is missing: run `make {target} launchers`")
+    programs = os.environ.get("KATA_PY_TEST_CONTAINERD_DIR")
+    # Short on purpose: Unix sockets below it must fit into 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="kp-", dir="/tmp"))
+    config = folder / "configuration.toml"
+    config.write_text(dev_config.render(GUEST, writer="tests/integration"))
+    server = PrivateContainerd(
+        folder=folder,
+        programs=Path(programs).resolve() if programs else None,
+        search_path=(REPOSITORY / "build" / "bin",),
+        environment={"KATA_CONF_FILE": str(config)},
+        log_level=os.environ.get("KATA_PY_TEST_LOG_LEVEL", "info"),
+    )
+    try:
+        server.start()
+        snapshotter = server.snapshotter()
+        server.import_image(IMAGE_ARCHIVE, snapshotter=snapshotter, namespace=namespace)
+        yield Containerd(server=server, namespace=namespace, snapshotter=snapshotter, config=config)
+    finally:
+        server.remove()
 
 
 def mounts(containerd: Containerd) -> frozenset[str]:
@@ -199,6 +217,13 @@ def cgroups(word: str) -> frozenset[str]:
         # folders belongs to all containers of the namespace.
         if word in folder and Path(folder).name != word
     )
+
+
+def make_pods_cgroup(name: str) -> None:
+    """Makes the control group for pods in every hierarchy, as a kubelet does before it asks CRI for a pod."""
+    unified = (CGROUPS / "cgroup.controllers").exists()
+    for hierarchy in [CGROUPS] if unified else CGROUPS.iterdir():
+        (hierarchy / name).mkdir(exist_ok=True)
 
 
 def remove_namespace_cgroups(namespace: str) -> None:
@@ -230,6 +255,19 @@ def sandbox_entries(containerd: Containerd) -> frozenset[str]:
     return frozenset(found)
 
 
+def named_entries(word: str) -> frozenset[str]:
+    """Full paths of all that has the word in its name, wherever in /run and /dev/shm; what is in a folder of that
+    name is not listed again, and root file systems are not searched."""
+    found = set()
+    for top in ("/run", "/dev/shm"):
+        for folder, folders, files in os.walk(top):
+            # A folder of just that name is everybody's, see `cgroups`.
+            named = {name for name in (*folders, *files) if word in name and name != word}
+            found |= {f"{folder}/{name}" for name in named}
+            folders[:] = [name for name in folders if name not in named and name != "rootfs"]
+    return frozenset(found)
+
+
 def common_entries() -> frozenset[str]:
     """Full paths of what is in the folders that all programs share."""
     return frozenset(f"{folder}/{name}" for folder in COMMON_FOLDERS for name in entries(folder))
@@ -252,8 +290,8 @@ class HostState:
         return cls(
             processes=frozenset(f"{pid} {name}" for pid, name in running.items()),
             mounts=mounts(containerd),
-            cgroups=cgroups(containerd.namespace),
-            entries=sandbox_entries(containerd) | common_entries(),
+            cgroups=cgroups(containerd.cgroup_parent),
+            entries=sandbox_entries(containerd) | named_entries(containerd.namespace) | common_entries(),
             objects=containerd.objects(),
         )
 
@@ -299,13 +337,13 @@ def leftovers(before: HostState, containerd: Containerd, *, settle_s: float = SE
 def clean_up(before: HostState, containerd: Containerd) -> None:
     """Ends what a failed test left, so that it fails alone."""
     with suppress(Exception):
-        containerd.server.end_tasks()
+        containerd.end_all(keep=[line.split()[1] for line in before.objects])
     known = {int(line.split()[0]) for line in before.processes}
     for pid in caused_by(containerd):
         if pid not in known:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    sandboxes.clean_up(containerd.server, SHIM)
+    sandboxes.clean_up(containerd.server, SHIM, keep=[Path(line).name for line in before.entries])
 
 
 def keep_results(folder: Path, containerd: Containerd, offset: int, notes: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What happens when something dies or was wrong from the beginning; the host is checked after every test."""
+"""What happens when containerd dies or something was wrong from the beginning; the host is checked after every test."""
 
 from __future__ import annotations
 
@@ -9,54 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.containerd import descendants, wait_for_end
-
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.integration.containerd import Containerd
 
-# The promise is two seconds; the rest is for a machine that is busy with other tests' guests.
-EXIT_LIMIT_S = 10.0
-
-
-def pids_of(container: str, word: str) -> list[int]:
-    """Processes of ours that belong to the container and have `word` in their command line."""
-    found = descendants(os.getpid()).items()
-    return [pid for pid, name in found if word in name and container in name]
-
-
-@pytest.mark.parametrize("victim", ["qemu-system", "virtiofsd", "containerd-shim-kata-py"])
-def test_death_of_a_part_ends_the_task(containerd: Containerd, victim: str) -> None:
-    container = containerd.start("sleep", "1000")
-    parts = [pid for word in ("qemu-system", "virtiofsd", "shim-kata-py") for pid in pids_of(container, word)]
-    waiter = containerd.popen("tasks", "attach", container)
-    victims = pids_of(container, victim)
-    assert victims
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
-    killed = time.monotonic()
-    out, _ = waiter.communicate(timeout=60)
-    assert waiter.returncode != 0, out
-    assert time.monotonic() - killed < EXIT_LIMIT_S
-    containerd.remove(container)
-    wait_for_end(parts, EXIT_LIMIT_S)
-    assert [pid for pid in parts if pid in descendants(os.getpid())] == []
-
-
-def test_helpers_die_with_the_shim_without_any_cleanup(containerd: Containerd) -> None:
-    container = containerd.start("sleep", "1000")
-    helpers = pids_of(container, "qemu-system") + pids_of(container, "virtiofsd")
-    (shim,) = pids_of(container, "shim-kata-py")
-    pidfds = [os.pidfd_open(pid) for pid in helpers]
-    os.kill(shim, signal.SIGKILL)
-    wait_for_end(helpers, EXIT_LIMIT_S)
-    assert [pid for pid in helpers if pid in descendants(os.getpid())] == []
-    for fd in pidfds:
-        os.close(fd)
-    containerd.remove(container)
+pytestmark = pytest.mark.usefixtures("restored_configuration")
 
 
 def test_container_survives_containerds_restart(containerd: Containerd) -> None:
@@ -76,13 +35,7 @@ def test_container_survives_containerds_restart(containerd: Containerd) -> None:
     containerd.remove(container)
 
 
-@pytest.fixture(autouse=True)
-def restored_configuration(containerd: Containerd) -> Iterator[None]:
-    text = containerd.config.read_text()
-    yield
-    containerd.config.write_text(text)
-
-
+@pytest.mark.one_version
 @pytest.mark.parametrize(
     ("addition", "words"),
     [
@@ -113,6 +66,7 @@ def test_command_that_does_not_exist(containerd: Containerd) -> None:
     expect_one_line(done, ["/no/such/program"])
 
 
+@pytest.mark.one_version
 def test_guest_that_never_answers(containerd: Containerd, tmp_path: Path) -> None:
     empty = tmp_path / "empty-initrd"
     empty.write_bytes(b"")
@@ -126,6 +80,7 @@ def test_guest_that_never_answers(containerd: Containerd, tmp_path: Path) -> Non
     expect_one_line(done, ["agent"])
 
 
+@pytest.mark.one_version
 def test_guest_that_panics_is_quoted(containerd: Containerd, tmp_path: Path) -> None:
     empty = tmp_path / "empty-initrd"
     empty.write_bytes(b"")

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.integration.containerd import Containerd, HostState, descendants, leftovers
+from tests.integration.containerd import Containerd, HostState, leftovers
+from tests.support.host import descendants
 
 
 @pytest.fixture

@@ -80,19 +80,23 @@ def test_bind_mounts_of_directory_and_file(containerd: Containerd, tmp_path: os.
 
 @pytest.mark.parametrize("size", [1, MIB])
 def test_bytes_pass_unchanged_both_ways(containerd: Containerd, size: int) -> None:
-    """Random bytes through `cat` in an exec, which unlike `ctr run` is told when the input ends."""
-    data = random.Random(size).randbytes(size)
     container = containerd.start("sleep", "1000")
     try:
-        exec_id = containerd.new_id("e")
-        fifos = containerd.server.fifo_options()
-        process = containerd.popen("tasks", "exec", *fifos, "--exec-id", exec_id, container, "cat")
-        out, err = _communicate(process, data)
-        assert (process.returncode, err) == (0, b"")
-        assert len(out) == size
-        assert hashlib.sha256(out).hexdigest() == hashlib.sha256(data).hexdigest()
+        bytes_pass_both_ways(containerd, container, size)
     finally:
         containerd.remove(container)
+
+
+def bytes_pass_both_ways(containerd: Containerd, container: str, size: int) -> None:
+    """Random bytes through `cat` in an exec, which unlike `ctr run` is told when the input ends."""
+    data = random.Random(size).randbytes(size)
+    exec_id = containerd.new_id("e")
+    fifos = containerd.server.fifo_options()
+    process = containerd.popen("tasks", "exec", *fifos, "--exec-id", exec_id, container, "cat")
+    out, err = _communicate(process, data)
+    assert (process.returncode, err) == (0, b"")
+    assert len(out) == size
+    assert hashlib.sha256(out).hexdigest() == hashlib.sha256(data).hexdigest()
 
 
 def test_stdin_of_the_init_process(containerd: Containerd) -> None:

@@ -29,14 +29,18 @@ def test_session_with_resize(containerd: Containerd) -> None:
 def test_exec_with_a_terminal(containerd: Containerd) -> None:
     container = containerd.start("sleep", "1000")
     try:
-        fifos = containerd.server.fifo_options()
-        options = ["tasks", "exec", *fifos, "--tty", "--exec-id", containerd.new_id("e"), container, "sh"]
-        argv = containerd.server.ctr_argv(*options, namespace=containerd.namespace)
-        with Terminal(argv, rows=20, columns=60) as terminal:
-            terminal.read_until("[#$] ")
-            terminal.type("stty size\n")
-            terminal.read_until("20 60")
-            terminal.type("exit 6\n")
-            assert terminal.process.wait(timeout=60) == 6
+        exec_with_a_terminal(containerd, container)
     finally:
         containerd.remove(container)
+
+
+def exec_with_a_terminal(containerd: Containerd, container: str) -> None:
+    fifos = containerd.server.fifo_options()
+    options = ["tasks", "exec", *fifos, "--tty", "--exec-id", containerd.new_id("e"), container, "sh"]
+    argv = containerd.server.ctr_argv(*options, namespace=containerd.namespace)
+    with Terminal(argv, rows=20, columns=60) as terminal:
+        terminal.read_until("[#$] ")
+        terminal.type("stty size\n")
+        terminal.read_until("20 60")
+        terminal.type("exit 6\n")
+        assert terminal.process.wait(timeout=60) == 6

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from tests.support import host
+from tests.support.bundles import shell, spec
 from tests.support.fake_agent import FakeAgent
 from tests.support.fake_containerd import FakeContainerd
 from tests.support.fake_qemu import FakeQemu
@@ -21,6 +22,8 @@ from tests.support.fake_qemu import FakeQemu
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
+
+    from tests.support.fake_containerd import Shim
 
 _CONFIG = """\
 [hypervisor.qemu]
@@ -97,3 +100,12 @@ async def containerd(
     async with FakeContainerd(tmp_path, config, host_watch) as containerd:
         yield containerd
         await containerd.stop_all()
+
+
+@pytest_asyncio.fixture
+async def shim(containerd: FakeContainerd, name: str) -> Shim:
+    """A shim whose container runs, and sleeps; some modules have one of their own."""
+    shim = await containerd.start(name, containerd.bundle(name, spec(shell("exec sleep 100"))))
+    await shim.create()
+    await shim.call("Start")
+    return shim

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import os
+import shutil
 import signal
+import stat
 import time
+from base64 import b64encode
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,10 +24,9 @@ from tests.support.fake_containerd import task_events
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.support.fake_agent import FakeAgent
     from tests.support.fake_containerd import FakeContainerd, Shim
+    from tests.support.fake_qemu import FakeQemu
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ async def test_delete_after_a_normal_end(containerd: FakeContainerd, shim: Shim)
 
 
 async def test_shim_is_killed(containerd: FakeContainerd, shim: Shim, host_watch: host.HostWatch) -> None:
-    vm = (await shim.call("Connect")).task_pid
+    vm = host.helper(shim.pid, "qemu")
     os.kill(shim.pid, signal.SIGKILL)
     await host.ended(shim.pid)
     await host.ended(vm)  # the kernel kills it with its parent
@@ -92,7 +96,7 @@ async def test_sigterm(containerd: FakeContainerd, shim: Shim) -> None:
 async def test_vm_dies(containerd: FakeContainerd, shim: Shim) -> None:
     await shim.exec("e", shell("exec sleep 100"))
     await shim.call("Start", exec_id="e")
-    vm = (await shim.call("Connect")).task_pid
+    vm = host.helper(shim.pid, "qemu")
     waiting = await waiting_for_the_end(shim)
     killed_at = time.monotonic()
     os.kill(vm, signal.SIGKILL)
@@ -158,6 +162,23 @@ async def test_virtiofsd_outlives_no_killed_shim(containerd: FakeContainerd, shi
     assert virtiofsds() == []
 
 
+async def test_logger_outlives_no_killed_shim(containerd: FakeContainerd, name: str) -> None:
+    """Also one that reads nothing and would not notice the end of what it reads from."""
+    logger = containerd.folder / "logger"
+    logger.write_text("#!/bin/sh\nexec 5>&-\nexec sleep 100\n")
+    logger.chmod(0o755)
+    shim = await containerd.start(name, containerd.bundle(name, spec(shell("exec sleep 100"))))
+    await shim.create(stdout=f"binary://{logger}")
+    await shim.call("Start")
+    helpers = host.descendants(shim.pid)
+    assert [words for words in helpers.values() if words == "sleep 100"] == ["sleep 100"]
+    os.kill(shim.pid, signal.SIGKILL)
+    async with asyncio.timeout(4):
+        for pid in (shim.pid, *helpers):
+            await host.ended(pid)
+    await containerd.delete(name, shim.bundle)
+
+
 async def test_delete_does_not_wait_for_a_hung_agent(
     containerd: FakeContainerd, agent: FakeAgent, shim: Shim
 ) -> None:
@@ -179,7 +200,7 @@ async def test_delete_of_an_unstarted_container_does_not_wait_for_a_hung_agent(
     await shim.create()
     agent.hang("SignalProcess")
     started_at = time.monotonic()
-    assert (await shim.call("Delete")).exit_status == 255
+    assert (await shim.call("Delete")).exit_status == 137
     assert time.monotonic() - started_at < 4.5
 
 
@@ -235,6 +256,20 @@ async def test_delete_with_garbage_for_a_record(
     await containerd.delete(name, tmp_path)
 
 
+@pytest.mark.parametrize("lost", [[host.RUN_ROOT], [host.SHARED_ROOT], [host.RUN_ROOT, host.SHARED_ROOT]])
+async def test_delete_after_the_loss_of_run(
+    containerd: FakeContainerd, shim: Shim, host_watch: host.HostWatch, lost: list[Path]
+) -> None:
+    """As after a restart of the host: no record, and perhaps nothing else either."""
+    os.kill(shim.pid, signal.SIGKILL)
+    await host.ended(shim.pid)
+    for root in lost:
+        shutil.rmtree(root / shim.id)
+    for _ in range(2):
+        assert (await containerd.delete(shim.id, shim.bundle)).exit_status == 137
+        assert [line for line in host_watch.leftovers() if "sleep 100" not in line] == []
+
+
 async def test_delete_in_an_unknown_bundle(containerd: FakeContainerd, name: str, tmp_path: Path) -> None:
     assert (await containerd.delete(name, tmp_path)).exit_status == 137
     (tmp_path / "address").write_text("unix://")
@@ -254,3 +289,27 @@ async def test_delete_needs_an_id(containerd: FakeContainerd, tmp_path: Path) ->
     answer = await containerd.run("delete", "../..", tmp_path)
     assert (answer.code, answer.output) == (1, b"")
     assert "need -id" in answer.errors
+
+
+async def test_initial_data_go_with_their_sandbox(
+    containerd: FakeContainerd, config: Path, name: str, qemu: FakeQemu, host_watch: host.HostWatch
+) -> None:
+    """A pod's own, on a disk that QEMU is told of; also after a SIGKILL."""
+    annotation = "io.katacontainers.config.hypervisor.cc_init_data"
+    toml = b'version = "0.1.0"\nalgorithm = "sha256"\n[data]\n"a.toml" = "secret"\n'
+    config.write_text(config.read_text().replace("[agent", 'enable_annotations = ["cc_init_data"]\n[agent'))
+    annotations = {annotation: b64encode(gzip.compress(toml)).decode()}
+    bundle = containerd.bundle(name, spec(shell("exec sleep 100"), annotations=annotations))
+    shim = await containerd.start(name, bundle)
+    await shim.create()
+    disk = Path(paths.run_dir(name), paths.INITDATA_FILE)
+    assert stat.S_IMODE(disk.stat().st_mode) == 0o600
+    content = disk.read_bytes()
+    assert gzip.decompress(content[16 : 16 + int.from_bytes(content[8:16], "little")]) == toml
+    assert any("filename=/dev/fdset/1,read-only=on" in word for word in qemu.argv())
+    os.kill(shim.pid, signal.SIGKILL)
+    await host.ended(shim.pid)
+    assert disk.exists()
+    await containerd.delete(name, bundle)
+    assert not disk.exists()
+    assert [line for line in host_watch.leftovers() if "sleep 100" not in line] == []

@@ -190,7 +190,7 @@ async def test_exec_that_does_not_start(containerd: FakeContainerd, name: str, b
     await shim.call("Delete", exec_id="e")
     assert host.open_files(shim.pid) == before
     topics = [event.topic for event in containerd.events.items]
-    assert topics == ["/tasks/create", "/tasks/start", "/tasks/exec-added"]
+    assert topics == ["/tasks/create", "/tasks/start", "/tasks/exec-added", "/tasks/delete"]
 
 
 async def test_connection_broken_in_the_middle_of_create(
@@ -211,6 +211,21 @@ async def test_connection_broken_in_the_middle_of_create(
     await second.call("Start")
 
 
+async def test_guest_that_takes_too_long_does_not_keep_the_container(
+    containerd: FakeContainerd, agent: FakeAgent, config: Path, name: str, bundle: Path
+) -> None:
+    config.write_text(config.read_text() + "create_container_timeout = 1\n")
+    pod = await containerd.start(name, bundle)
+    await pod.create()
+    released = agent.hang("CreateContainer", nth=2)
+    late = containerd.bundle(f"{name}-late", spec(shell("exec sleep 100")))
+    with pytest.raises(RpcError) as caught:
+        await pod.create(late.name, bundle=late)
+    assert caught.value.code is Code.DEADLINE_EXCEEDED
+    released.set()
+    assert (await agent.request("RemoveContainer")).container_id == late.name
+
+
 @pytest.mark.parametrize("method", ["CreateSandbox", "CreateContainer"])
 async def test_vm_dies_while_the_agent_works(
     containerd: FakeContainerd, agent: FakeAgent, name: str, bundle: Path, method: str
@@ -220,7 +235,7 @@ async def test_vm_dies_while_the_agent_works(
     creating = asyncio.create_task(refusal(shim))
     await agent.request(method)
     killed_at = time.monotonic()
-    os.kill((await shim.call("Connect")).task_pid, signal.SIGKILL)
+    os.kill(host.helper(shim.pid, "qemu"), signal.SIGKILL)
     await agent.die()
     assert (await creating).code is Code.UNAVAILABLE
     assert time.monotonic() - killed_at < 2

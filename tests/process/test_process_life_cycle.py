@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shim.api.gen import events_pb2
-from tests.support.bundles import make_fifos, process, read_all, shell, spec
+from tests.support.bundles import FifoEnd, make_fifos, process, read_all, shell, spec
 from tests.support.fake_containerd import Dialect, task_events
 from ttrpc import Code, RpcError
 
@@ -90,6 +90,9 @@ async def test_exec(containerd: FakeContainerd, agent: FakeAgent, shim: Shim) ->
     assert (end.container_id, end.id, end.pid, end.exit_status) == (shim.id, "e", pid, 300 & 0xFF)
     deleted = await shim.call("Delete", exec_id="e")
     assert (deleted.exit_status, deleted.pid) == (300 & 0xFF, pid)
+    gone = await containerd.event(events_pb2.TaskDelete)
+    assert (gone.container_id, gone.id, gone.pid, gone.exit_status) == (shim.id, "e", pid, 300 & 0xFF)
+    assert gone.exited_at == end.exited_at == deleted.exited_at
     assert (await shim.call("State")).status == RUNNING
     # The same id may be used again.
     await shim.exec("e", shell("exit 0"))
@@ -191,8 +194,8 @@ async def test_kill_of_an_exec_with_all(shim: Shim) -> None:
     assert (await shim.call("State")).status == RUNNING
 
 
-async def test_exec_that_outlives_its_container(containerd: FakeContainerd, shim: Shim) -> None:
-    """Whoever waits for it is told when the container is deleted, before that."""
+async def test_exec_that_would_outlive_its_container(containerd: FakeContainerd, shim: Shim) -> None:
+    """As with a PID namespace that is not the container's own: it is killed, and told to have ended before."""
     await shim.create()
     await shim.call("Start")
     await shim.exec("e", shell("exec sleep 100"))
@@ -200,17 +203,19 @@ async def test_exec_that_outlives_its_container(containerd: FakeContainerd, shim
     waiting = asyncio.create_task(shim.call("Wait", exec_id="e"))
     await shim.call("Kill", signal=int(signal.SIGTERM))
     await shim.call("Wait")
+    assert (await waiting).exit_status == 128 + signal.SIGKILL
     await shim.call("Delete")
-    assert (await waiting).exit_status == 255
     await shim.shutdown()
-    topics = [topic for topic, _ in task_events(containerd.events.items)]
-    assert topics[-3:] == ["/tasks/exit", "/tasks/exit", "/tasks/delete"]
+    assert task_events(containerd.events.items)[-4:] == [
+        ("/tasks/exit", "e"), ("/tasks/exit", shim.id), ("/tasks/delete", "e"), ("/tasks/delete", shim.id),
+    ]  # fmt: skip
 
 
 async def test_out_of_memory(containerd: FakeContainerd, agent: FakeAgent, shim: Shim) -> None:
     await shim.create()
     agent.out_of_memory("unknown")
     agent.out_of_memory(shim.id)
+    await containerd.event(events_pb2.TaskOOM)
     agent.out_of_memory(shim.id)
     assert (await containerd.event(events_pb2.TaskOOM, nth=2)).container_id == shim.id
     topics = [topic for topic, _ in task_events(containerd.events.items)]
@@ -242,7 +247,7 @@ async def test_what_the_agent_is_told(containerd: FakeContainerd, agent: FakeAge
     assert oci.Mounts[0].source.startswith(f"{guest}/sandbox-")
     assert oci.Mounts[0].source.endswith("-resolv.conf")
     assert (oci.Mounts[1].source, oci.Mounts[1].type) == ("/run/kata-containers/sandbox/shm", "bind")
-    assert [namespace.Type for namespace in oci.Linux.Namespaces] == ["ipc", "uts", "mount"]
+    assert [namespace.Type for namespace in oci.Linux.Namespaces] == ["ipc", "uts", "mount", "cgroup"]
 
 
 async def test_policy_comes_first(
@@ -255,3 +260,25 @@ async def test_policy_comes_first(
     assert (await agent.request("SetPolicy")).policy == "package agent_policy"
     calls = ["CreateSandbox", "CreateContainer"]
     assert agent.methods() == [*calls, "SetPolicy", *calls]
+
+
+@pytest.mark.parametrize("exec_id", ["", "e"])
+async def test_the_exit_does_not_wait_for_the_end_of_the_output(
+    containerd: FakeContainerd, agent: FakeAgent, name: str, exec_id: str
+) -> None:
+    """A child that lives on keeps the streams open; the process has ended all the same."""
+    script = shell("sleep 100 & read line; exit 4")
+    bundle = containerd.bundle(name, spec(shell("exec sleep 100") if exec_id else script))
+    stdio = make_fifos(bundle / "io", "stdin", "stdout")._asdict()
+    shim = await containerd.start(name, bundle)
+    await shim.create(**({} if exec_id else stdio))
+    await shim.call("Start")
+    if exec_id:
+        await shim.exec(exec_id, script, **stdio)
+        await shim.call("Start", exec_id=exec_id)
+    with FifoEnd.writer(stdio["stdin"]) as stdin:
+        await stdin.write(b"go\n")
+        await asyncio.shield(agent.process(name, exec_id).exited)
+        async with asyncio.timeout(1):
+            end = await containerd.event(events_pb2.TaskExit)
+    assert (end.id, end.exit_status) == (exec_id or name, 4)

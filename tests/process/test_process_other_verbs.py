@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-import pytest
 from google.protobuf.any_pb2 import Any as ProtoAny
 
 from shim.api.gen import cgroups_v1_pb2, cgroups_v2_pb2, runc_options_pb2
@@ -15,14 +14,6 @@ from tests.support.bundles import shell, spec
 if TYPE_CHECKING:
     from tests.support.fake_agent import FakeAgent
     from tests.support.fake_containerd import FakeContainerd, Shim
-
-
-@pytest.fixture
-async def shim(containerd: FakeContainerd, name: str) -> Shim:
-    shim = await containerd.start(name, containerd.bundle(name, spec(shell("exec sleep 100"))))
-    await shim.create()
-    await shim.call("Start")
-    return shim
 
 
 async def test_stats(agent: FakeAgent, shim: Shim) -> None:
@@ -63,15 +54,19 @@ async def test_update(agent: FakeAgent, shim: Shim) -> None:
     assert cpu.Cpus == ""  # the numbers of the host's processors mean nothing in the guest
 
 
-async def test_pids(shim: Shim) -> None:
-    pid = (await shim.call("State")).pid
+async def test_pids(agent: FakeAgent, shim: Shim) -> None:
+    """Those in the guest; what stands for the container on the host is the virtual machine."""
     await shim.exec("e", shell("exec sleep 100"))
     await shim.call("Start", exec_id="e")
     await shim.exec("f", shell("exit 0"))
     await shim.call("Start", exec_id="f")
     await shim.call("Wait", exec_id="f")
     processes = (await shim.call("Pids")).processes
-    assert [process.pid for process in processes] == [pid, pid]
+    assert [process.pid for process in processes] == [
+        agent.process(shim.id, exec_id).pid for exec_id in ("", "e")
+    ]
+    assert (await shim.call("State")).pid not in [process.pid for process in processes]
+    assert not processes[0].HasField("info")
     details = runc_options_pb2.ProcessDetails.FromString(processes[1].info.value)
     assert (processes[1].info.type_url, details.exec_id) == ("containerd.runc.v1.ProcessDetails", "e")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,11 +104,16 @@ async def test_second_start_finds_the_first(containerd: FakeContainerd, name: st
     assert second.pid == first.pid
 
 
-async def test_parallel_starts_make_one_shim(containerd: FakeContainerd, name: str) -> None:
+@pytest.mark.parametrize("stale", [False, True], ids=["new", "after a crash"])
+async def test_parallel_starts_make_one_shim(containerd: FakeContainerd, name: str, stale: bool) -> None:
     bundle = containerd.bundle(name, spec(SLEEP))
-    answers = await asyncio.gather(*(containerd.run("start", name, bundle) for _ in range(3)))
+    if stale:
+        containerd.socket_of(name).parent.mkdir(parents=True, exist_ok=True)
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(containerd.socket_of(name)))
+    answers = await asyncio.gather(*(containerd.run("start", name, bundle) for _ in range(6)))
     address = f"unix://{containerd.socket_of(name)}".encode()
-    assert [answer.output for answer in answers if answer.code == 0] == [address] * 3
+    assert [(answer.code, answer.output) for answer in answers] == [(0, address)] * 6
     await containerd.connect(name, bundle, address.decode())
     daemons = [words for words in host.descendants(os.getpid()).values() if f"-id {name}" in words]
     assert len(daemons) == 1
@@ -158,7 +164,7 @@ async def test_bad_bundle(
     answer = await containerd.run("start", name, bundle)
     text = answer.output.decode()
     assert answer.code == 1
-    assert text.count("\n") == 1, text
+    assert "\n" not in text
     for word in words:
         assert word in text
     assert sorted(os.listdir(bundle)) == ([] if config is None else ["config.json"])

@@ -14,7 +14,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from agent_proto import services
 from agent_proto.gen import agent_pb2 as pb
-from agent_proto.gen import health_pb2
+from agent_proto.gen import health_pb2, kata_py_agent_pb2, types_pb2
 from tests.support.guest_process import GuestProcess
 from tests.support.journal import Journal
 from ttrpc import Call, Code, RpcError, Server
@@ -41,10 +41,11 @@ class Failpoint(NamedTuple):
 
 
 class FakeAgent:
-    """An agent at `path`. An async context manager."""
+    """An agent at `path`. An async context manager. Without `extensions` it offers what Kata's own agent does."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, extensions: bool = True) -> None:
         self.path = path
+        self._extensions = extensions
         self.requests: Journal[Request] = Journal()
         self.stats = pb.StatsContainerResponse()
         self._failpoints: dict[tuple[str, int], Failpoint] = {}
@@ -63,6 +64,8 @@ class FakeAgent:
         listener.listen()
         self._server.register(services.AGENT, self._agent_handlers())
         self._server.register(services.HEALTH, {"Check": self._check, "Version": self._version})
+        if self._extensions:
+            self._server.register(services.EXTENSIONS, self._extension_handlers())
         self._accepting = asyncio.create_task(self._accept(listener))
         return self
 
@@ -131,7 +134,7 @@ class FakeAgent:
     def _agent_handlers(self) -> Mapping[str, Handler]:
         accepted = (
             "CreateSandbox", "DestroySandbox", "SetPolicy", "UpdateContainer", "PauseContainer", "ResumeContainer",
-            "TtyWinResize",
+            "AddARPNeighbors", "TtyWinResize",
         )  # fmt: skip
         return {
             **dict.fromkeys(accepted, self._nothing),
@@ -141,7 +144,12 @@ class FakeAgent:
             "ReadStdout": self._read_stdout, "ReadStderr": self._read_stderr,
             "WriteStdin": self._write_stdin, "CloseStdin": self._close_stdin,
             "StatsContainer": self._stats_container, "GetOOMEvent": self._get_oom_event,
+            "GetGuestDetails": self._get_guest_details,
+            "UpdateInterface": self._update_interface, "UpdateRoutes": self._update_routes,
         }  # fmt: skip
+
+    def _extension_handlers(self) -> Mapping[str, Handler]:
+        return {"ListProcesses": self._list_processes, "SignalContainer": self._signal_container}
 
     async def _nothing(self, request: Any, call: Call) -> Empty:
         return Empty()
@@ -151,6 +159,18 @@ class FakeAgent:
 
     async def _version(self, request: health_pb2.CheckRequest, call: Call) -> health_pb2.VersionCheckResponse:
         return health_pb2.VersionCheckResponse(grpc_version="0.0.1", agent_version="fake")
+
+    async def _get_guest_details(
+        self, request: pb.GuestDetailsRequest, call: Call
+    ) -> pb.GuestDetailsResponse:
+        features = [services.EXTENSIONS_FEATURE] if self._extensions else []
+        return pb.GuestDetailsResponse(agent_details=pb.AgentDetails(version="fake", extra_features=features))
+
+    async def _update_interface(self, request: pb.UpdateInterfaceRequest, call: Call) -> types_pb2.Interface:
+        return request.interface
+
+    async def _update_routes(self, request: pb.UpdateRoutesRequest, call: Call) -> pb.Routes:
+        return request.routes
 
     async def _create_container(self, request: pb.CreateContainerRequest, call: Call) -> Empty:
         if (request.container_id, "") in self._processes:
@@ -218,6 +238,24 @@ class FakeAgent:
 
     async def _get_oom_event(self, request: pb.GetOOMEventRequest, call: Call) -> pb.OOMEvent:
         return pb.OOMEvent(container_id=await self._oom.get())
+
+    async def _list_processes(
+        self, request: kata_py_agent_pb2.ListProcessesRequest, call: Call
+    ) -> kata_py_agent_pb2.ListProcessesResponse:
+        self.process(request.container_id)
+        response = kata_py_agent_pb2.ListProcessesResponse()
+        for (container_id, exec_id), process in self._processes.items():
+            if container_id == request.container_id:
+                for pid in process.members():
+                    response.processes.add(pid=pid, exec_id=exec_id if pid == process.pid else "")
+        return response
+
+    async def _signal_container(self, request: kata_py_agent_pb2.SignalContainerRequest, call: Call) -> Empty:
+        self.process(request.container_id)
+        for (container_id, _), process in self._processes.items():
+            if container_id == request.container_id:
+                process.signal(request.signal, group=True)
+        return Empty()
 
 
 def _run(process: GuestProcess) -> None:

@@ -26,7 +26,7 @@ from shim.api.gen import bootstrap_pb2, events_pb2, runtimeoptions_pb2, task_v2_
 from shim.api.services import EVENTS, TASK_V2, TASK_V3
 from tests.support import bundles, host
 from tests.support.journal import PATIENCE_S, Journal
-from ttrpc import Client, ConnectionClosed, Server
+from ttrpc import Client, ConnectionClosed, RpcError, Server
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -113,6 +113,13 @@ class FakeContainerd:
         self.address = str(folder / "containerd.sock")
         self.events: Journal[Event] = Journal()
         self.shims: list[Shim] = []
+        self.offered_events: Journal[str] = Journal()
+        """The topics of all events that came, also of those that were not taken."""
+        self.refuse_events: list[RpcError] = []
+        """The answers to the next events."""
+        self.take_events = asyncio.Event()
+        """Cleared, events are read and not answered, as by a containerd that stands still."""
+        self.take_events.set()
         self._events_path = folder / "events.sock"
         self._events_server: tuple[Server, asyncio.Task[None]] | None = None
         self._watch = watch
@@ -148,6 +155,10 @@ class FakeContainerd:
             self._events_path.unlink()
 
     async def _forward(self, request: ForwardRequest, call: Call) -> Empty:
+        self.offered_events.add(request.envelope.topic)
+        await self.take_events.wait()
+        if self.refuse_events:
+            raise self.refuse_events.pop(0)
         envelope = request.envelope
         body = Default().GetSymbol(envelope.event.type_url)()
         body.ParseFromString(envelope.event.value)
@@ -279,6 +290,6 @@ def task_events(events: list[Event]) -> list[tuple[str, str]]:
 
 
 def _id_of(body: Any) -> str:
-    if isinstance(body, events_pb2.TaskExit):
-        return body.id
+    if isinstance(body, (events_pb2.TaskExit, events_pb2.TaskDelete)):
+        return body.id or body.container_id
     return getattr(body, "exec_id", "") or str(body.container_id)

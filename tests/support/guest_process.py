@@ -44,6 +44,15 @@ class GuestProcess:
         self._pidfd = os.pidfd_open(popen.pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit)
 
+    @property
+    def pid(self) -> int:
+        """Its pid on this host; 0 before it was started."""
+        return 0 if self._popen is None else self._popen.pid
+
+    def members(self) -> list[int]:
+        """The running pids of it and of what it started, its own first."""
+        return sorted(host.process_group(self.pid)) if self.pid else []
+
     async def read(self, stream: str, size: int) -> bytes:
         """Up to `size` bytes as soon as there are any; empty at the end."""
         while stream in self._ends:
@@ -78,7 +87,7 @@ class GuestProcess:
     async def aclose(self) -> None:
         """Kill it with everything it started, and let go of its streams."""
         if self._popen is not None:
-            members = host.process_group(self._popen.pid)
+            members = self.members()
             self.signal(signal.SIGKILL, group=True)
             await self.exited
             for pid in members:

@@ -24,11 +24,13 @@ SHARED_ROOT = Path("/run/kata-containers/shared/sandboxes")
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
-def adopt_orphans() -> None:
-    """Make this process the parent of its descendants' orphans, for the rest of its life."""
+def adopt_orphans(*, adopt: bool = True) -> None:
+    """Make this process the parent of its descendants' orphans; or end that, and reap those that have ended."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    if not adopt:
+        reap()
 
 
 def state_of(pid: int) -> str:
@@ -60,10 +62,22 @@ def descendants(pid: int) -> dict[int, str]:
     while rest:
         for child in children(rest.pop()):
             rest.append(child)
-            if is_running(child):
+            with suppress(OSError):  # it has ended meanwhile
                 words = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ")
-                found[child] = words.decode(errors="replace").strip()
+                if is_running(child):
+                    found[child] = words.decode(errors="replace").strip()
     return found
+
+
+def helper(parent: int, name: str) -> int:
+    """The one running program below `parent` whose file has this name, with or without an interpreter."""
+    found = [
+        pid
+        for pid, words in descendants(parent).items()
+        if any(word.rpartition("/")[2] == name for word in words.split()[:3])
+    ]
+    assert len(found) == 1, f"{name}: {found}"
+    return found[0]
 
 
 def process_group(leader: int) -> list[int]:

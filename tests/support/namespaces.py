@@ -1,4 +1,6 @@
-"""A part of a test in a mount namespace of its own: nothing that it mounts is seen outside or outlives it."""
+"""A part of a test in a namespace of its own: nothing that it mounts, or does to interfaces, is seen outside of it or
+outlives it.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +10,33 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from guest_agent import syscalls
 from shim import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_CLONE_NEWNET = 0x40000000  # <linux/sched.h>
+
 
 def in_mount_namespace(work: Callable[[], None]) -> None:
     """Run `work` in a forked child. Skips without CAP_SYS_ADMIN; fails with the child's traceback."""
+    _in_child(mounts.enter_private_mount_namespace, work)
+
+
+def in_network_namespace(work: Callable[[], None]) -> None:
+    """Run `work` in a forked child that has nothing but a loopback interface; likewise."""
+    _in_child(lambda: syscalls.unshare(_CLONE_NEWNET), work)
+
+
+def _in_child(enter: Callable[[], object], work: Callable[[], None]) -> None:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         code, text = 0, ""
         try:
             try:
-                mounts.enter_private_mount_namespace()
+                enter()
             except PermissionError:
                 code = 77
             else:
@@ -36,5 +50,5 @@ def in_mount_namespace(work: Callable[[], None]) -> None:
         text = file.read()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code == 77:
-        pytest.skip("needs CAP_SYS_ADMIN for a mount namespace")
+        pytest.skip("needs CAP_SYS_ADMIN for a namespace")
     assert code == 0, text

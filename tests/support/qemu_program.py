@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def main(argv_file: str, behaviour: str, detail: str) -> None:
         signal.pause()
     while True:
         connection, _ = listener.accept()
-        with connection:
+        with connection, suppress(ConnectionError):  # who lost patience may connect again
             _converse(connection, int(detail) if behaviour == "signal" else None)
 
 

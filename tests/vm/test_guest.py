@@ -1,230 +1,59 @@
 """The guest image, booted: our agent as PID 1 answers everything that a host asks while it runs containers.
 
-One machine serves the whole file; containers get a root file system with a static busybox that is appended to the
-initrd, so neither a shared file system nor an image is needed.
+One machine of each architecture serves the whole file.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import stat
 import time
-from contextlib import asynccontextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 
-from agent_proto.client import AgentClient
 from agent_proto.gen import agent_pb2 as pb
 from agent_proto.gen import health_pb2, oci_pb2
-from guest_image.cpio import Tree
-from guest_image.elf import Elf
-from hypervisor.accel import choose_accel
-from hypervisor.qemu.machine import booted
-from hypervisor.spec import Share, VmSpec
-from ttrpc import Client, Code, ConnectionClosed, RpcError
+from hypervisor.spec import Export, Share
+from tests.vm.guest import (
+    ALL,
+    LOG_VPORT,
+    MARKS,
+    PATIENCE_S,
+    VIRTIOFSD,
+    Guest,
+    Software,
+    execute,
+    running_guest,
+    specification,
+)  # fmt: skip
+from ttrpc import Code, ConnectionClosed, RpcError
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
-    from hypervisor.qemu.machine import Machine
-
-QEMU = Path(shutil.which("qemu-system-x86_64") or "/nonexistent")
-VIRTIOFSD = next(
-    (Path(p) for p in ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd") if Path(p).exists()),
-    Path("/nonexistent"),
-)
-BUSYBOX = Path(shutil.which("busybox") or "/nonexistent")
-#: Another image than the tree's own, for example one made from another Debian suite.
-GUEST = Path(os.environ.get("KATA_PY_TEST_GUEST") or Path(__file__).parents[2] / "build" / "guest")
-ROOTFS = "/test/rootfs"
-APPLETS = (
-    "cat", "date", "dd", "df", "hostname", "id", "ls", "mkdir", "sh", "sleep", "stat", "stty", "tail", "test", "touch",
-    "true",
-)  # fmt: skip
-READY_VPORT, LOG_VPORT, AGENT_VPORT = 1030, 1025, 1024
-#: Emulated, on a busy machine, everything takes its time; nothing here waits as long unless it fails.
-PATIENCE_S = 60
-
-pytestmark = [
-    pytest.mark.vm,
-    pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.timeout(180),
-    pytest.mark.skipif(not QEMU.exists(), reason="qemu-system-x86_64 is not installed"),
-    pytest.mark.skipif(not (GUEST / "manifest.json").exists(), reason="no guest image: run make guest"),
-    pytest.mark.skipif(
-        not BUSYBOX.exists() or Elf(BUSYBOX.read_bytes(), "busybox").interpreter() is not None,
-        reason="no static busybox for the containers",
-    ),
-]
+pytestmark = MARKS
 
 
-def initrd_with_rootfs(target: Path) -> Path:
-    """The kernel unpacks archives that follow each other into the same tree."""
-    tree = Tree()
-    for name in ("proc", "dev", "sys", "tmp", "etc"):
-        tree.directory(f"{ROOTFS}/{name}")
-    tree.file(f"{ROOTFS}/bin/busybox", BUSYBOX.read_bytes(), 0o755)
-    for name in APPLETS:
-        tree.symlink(f"{ROOTFS}/bin/{name}", "busybox")
-    target.write_bytes((GUEST / "initrd.img").read_bytes() + tree.to_cpio())
-    return target
-
-
-class Guest:
-    """The booted machine with a client of its agent."""
-
-    def __init__(self, machine: Machine, client: Client, ready: dict[str, float]) -> None:
-        self.machine = machine
-        self.agent = AgentClient(client, timeout_s=PATIENCE_S, create_container_timeout_s=PATIENCE_S)
-        self.ready = ready
-        self._count = 0
-
-    def new_id(self) -> str:
-        self._count += 1
-        return f"c{self._count}"
-
-    async def create(self, *args: str, change: Callable[[oci_pb2.Spec], None] | None = None) -> str:
-        """A created container that would run the arguments; the others' defaults are containerd's."""
-        container_id = self.new_id()
-        request = pb.CreateContainerRequest(container_id=container_id, OCI=specification(args))
-        if change is not None:
-            change(request.OCI)
-        await self.agent.create_container(request)
-        return container_id
-
-    async def run(self, *args: str, change: Callable[[oci_pb2.Spec], None] | None = None) -> str:
-        container_id = await self.create(*args, change=change)
-        await self.agent.start_container(pb.StartContainerRequest(container_id=container_id))
-        return container_id
-
-    async def output(self, container_id: str, exec_id: str = "", *, stderr: bool = False) -> bytes:
-        """Everything until the end of the stream."""
-        call = self.agent.read_stderr if stderr else self.agent.read_stdout
-        data = b""
-        while True:
-            request = pb.ReadStreamRequest(container_id=container_id, exec_id=exec_id, len=32768)
-            piece = (await call(request)).data
-            if not piece:
-                return data
-            data += piece
-
-    async def wait(self, container_id: str, exec_id: str = "") -> int:
-        async with asyncio.timeout(PATIENCE_S):
-            request = pb.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
-            return (await self.agent.wait_process(request)).status
-
-    async def kill(self, container_id: str, number: int, exec_id: str = "") -> None:
-        await self.agent.signal_process(
-            pb.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=number)
-        )
-
-    async def remove(self, container_id: str) -> None:
-        await self.agent.remove_container(pb.RemoveContainerRequest(container_id=container_id))
-
-    async def result(
-        self, *args: str, change: Callable[[oci_pb2.Spec], None] | None = None
-    ) -> tuple[int, bytes]:
-        """Run to the end: exit code and stdout."""
-        container_id = await self.run(*args, change=change)
-        text = await self.output(container_id)
-        code = await self.wait(container_id)
-        await self.remove(container_id)
-        return code, text
-
-
-def process(args: tuple[str, ...]) -> oci_pb2.Process:
-    capabilities = [
-        "CAP_CHOWN",
-        "CAP_KILL",
-        "CAP_SETUID",
-        "CAP_SETGID",
-        "CAP_NET_BIND_SERVICE",
-        "CAP_SYS_CHROOT",
-    ]
-    return oci_pb2.Process(
-        User=oci_pb2.User(),
-        Args=args,
-        Env=["PATH=/bin", "TERM=xterm"],
-        Cwd="/",
-        NoNewPrivileges=True,
-        Capabilities=oci_pb2.LinuxCapabilities(
-            Bounding=capabilities, Effective=capabilities, Permitted=capabilities
-        ),
-        Rlimits=[oci_pb2.POSIXRlimit(Type="RLIMIT_NOFILE", Hard=1024, Soft=1024)],
-    )
-
-
-def specification(args: tuple[str, ...]) -> oci_pb2.Spec:
-    mounts = (
-        ("/proc", "proc", "proc", ["nosuid", "noexec", "nodev"]),
-        ("/dev", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        (
-            "/dev/pts",
-            "devpts",
-            "devpts",
-            ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
-        ),
-        ("/sys", "sysfs", "sysfs", ["nosuid", "noexec", "nodev", "ro"]),
-    )
-    return oci_pb2.Spec(
-        Version="1.0.2",
-        Process=process(args),
-        Root=oci_pb2.Root(Path=ROOTFS),
-        Mounts=[
-            oci_pb2.Mount(destination=destination, type=kind, source=source, options=options)
-            for destination, kind, source, options in mounts
-        ],
-        Linux=oci_pb2.Linux(
-            Namespaces=[oci_pb2.LinuxNamespace(Type=kind) for kind in ("ipc", "uts", "mount")],
-            MaskedPaths=["/proc/kcore", "/proc/keys"],
-            ReadonlyPaths=["/proc/sys"],
-            CgroupsPath="/default/whatever",
-        ),
-    )
-
-
-@asynccontextmanager
-async def running_guest(
-    directory: Path, params: str = "", shares: tuple[Share, ...] = ()
-) -> AsyncIterator[Guest]:
-    spec = VmSpec(
-        name="guest-test",
-        run_dir=directory / "run",
-        qemu_path=QEMU,
-        kernel=GUEST / "vmlinux",
-        initrd=initrd_with_rootfs(directory / "initrd.img"),
-        kernel_params=params,
-        ready_vport=READY_VPORT,
-        log_vport=LOG_VPORT,
-        memory_mib=256,
-        shares=shares,
-        accel=choose_accel("auto", guest_arch="x86_64").value,
-    )
-    loop = asyncio.get_running_loop()
-    connected: asyncio.Queue[socket.socket] = asyncio.Queue()
-    async with booted(spec, listeners={READY_VPORT: connected.put_nowait}) as machine:
-        async with asyncio.timeout(PATIENCE_S):
-            with await connected.get() as connection:
-                ready = json.loads(await loop.sock_recv(connection, 4096))
-            client = Client.from_socket(await machine.vsock.connect(AGENT_VPORT))
-        try:
-            yield Guest(machine, client, ready)
-        finally:
-            await client.aclose()
+@pytest.fixture(scope="module", params=ALL)
+def software(request: pytest.FixtureRequest) -> Software:
+    found: Software = request.param
+    for path in (found.qemu, found.guest / "initrd.img", found.busybox):
+        assert path.exists(), f"{path} is missing: run packaging/setup.sh foreign, and make foreign"
+    return found
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def guest(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guest]:
+async def guest(tmp_path_factory: pytest.TempPathFactory, software: Software) -> AsyncIterator[Guest]:
     params = f"agent.log=debug agent.log_vport={LOG_VPORT}"
-    async with running_guest(tmp_path_factory.mktemp("guest"), params) as running:
+    directory = tmp_path_factory.mktemp("guest")
+    async with running_guest(directory, params, software=software) as running:
         request = pb.CreateSandboxRequest(
             hostname="podname",
             sandbox_id="sb1",
@@ -247,20 +76,23 @@ async def test_it_tells_when_it_is_ready(guest: Guest) -> None:
     assert 0 < guest.ready["init_s"] <= guest.ready["ready_s"]
 
 
-async def test_health(guest: Guest) -> None:
+async def test_health(guest: Guest, software: Software) -> None:
     answer = await guest.agent.check(health_pb2.CheckRequest())
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     version = await guest.agent.version(health_pb2.CheckRequest())
-    assert version.agent_version == json.loads((GUEST / "manifest.json").read_text())["agent_version"]
+    assert (
+        version.agent_version == json.loads((software.guest / "manifest.json").read_text())["agent_version"]
+    )
 
 
-async def test_details(guest: Guest) -> None:
+async def test_details(guest: Guest, software: Software) -> None:
     details = await guest.agent.get_guest_details(
         pb.GuestDetailsRequest(mem_block_size=True, mem_hotplug_probe=True)
     )
     assert details.agent_details.init_daemon
     assert {"virtio-fs", "ephemeral", "overlayfs"} <= set(details.agent_details.storage_handlers)
-    assert details.mem_block_size_bytes == 128 * 1024 * 1024
+    block_mib = {"x86_64": 128, "aarch64": 128, "s390x": 256}[software.arch]
+    assert details.mem_block_size_bytes == block_mib * 1024 * 1024
 
 
 async def test_what_is_missing_is_unimplemented_by_name(guest: Guest) -> None:
@@ -420,24 +252,13 @@ async def test_close_stdin(guest: Guest) -> None:
     await guest.remove(container_id)
 
 
-async def test_exit_is_not_the_end_of_the_pipes(guest: Guest) -> None:
-    """A process left behind in the shared pid namespace keeps the pipe open after the init's exit."""
-    first = await guest.run("sleep", "1000")
-
-    def share(request: pb.CreateContainerRequest) -> pb.CreateContainerRequest:
-        request.sandbox_pidns = True
-        return request
-
-    container_id = guest.new_id()
-    spec = specification(("sh", "-c", "(sleep 2; echo late) & echo early"))
-    await guest.agent.create_container(share(pb.CreateContainerRequest(container_id=container_id, OCI=spec)))
-    await guest.agent.start_container(pb.StartContainerRequest(container_id=container_id))
-    assert await guest.wait(container_id) == 0
-    request = pb.ReadStreamRequest(container_id=container_id, len=100)
+async def test_exit_is_not_the_end_of_the_pipes(guest: Guest, sleeper: str) -> None:
+    """A process that an exec leaves behind keeps its pipe open after the exec's exit."""
+    await execute(guest, sleeper, "early", "sh", "-c", "(sleep 2; echo late) & echo early")
+    assert await guest.wait(sleeper, "early") == 0
+    request = pb.ReadStreamRequest(container_id=sleeper, exec_id="early", len=100)
     assert (await guest.agent.read_stdout(request)).data == b"early\n"
-    assert await guest.output(container_id) == b"late\n"
-    await guest.remove(container_id)
-    await guest.remove(first)
+    assert await guest.output(sleeper, "early") == b"late\n"
 
 
 async def test_terminal(guest: Guest) -> None:
@@ -499,12 +320,6 @@ async def test_pause_and_resume(guest: Guest) -> None:
 # More processes
 
 
-async def execute(guest: Guest, container_id: str, exec_id: str, *args: str, terminal: bool = False) -> None:
-    request = pb.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process(args))
-    request.process.Terminal = terminal
-    await guest.agent.exec_process(request)
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def sleeper(guest: Guest) -> AsyncIterator[str]:
     container_id = await guest.run("sleep", "100000")
@@ -519,6 +334,21 @@ async def test_exec(guest: Guest, sleeper: str) -> None:
     assert await guest.output(sleeper, "e1") == b"hi\ntyped"
     assert await guest.output(sleeper, "e1", stderr=True) == b"no\n"
     assert await guest.wait(sleeper, "e1") == 5
+
+
+async def test_exec_before_the_start(guest: Guest) -> None:
+    container_id = await guest.create("sh", "-c", "cat /tmp/made")
+    await execute(guest, container_id, "e1", "sh", "-c", "echo before > /tmp/made; echo $$; sleep 1000")
+    assert (
+        await guest.agent.read_stdout(pb.ReadStreamRequest(container_id=container_id, exec_id="e1", len=100))
+    ).data != b"1\n"
+    await execute(guest, container_id, "e2", "sh", "-c", "exit 3")
+    assert await guest.wait(container_id, "e2") == 3
+    await guest.agent.start_container(pb.StartContainerRequest(container_id=container_id))
+    assert await guest.output(container_id) == b"before\n"
+    assert await guest.wait(container_id) == 0
+    assert await guest.wait(container_id, "e1") == 137
+    await guest.remove(container_id)
 
 
 async def test_exec_ids(guest: Guest, sleeper: str) -> None:
@@ -638,7 +468,7 @@ async def test_limits_updates_and_statistics(guest: Guest) -> None:
     assert (stats.pids_stats.current, stats.pids_stats.limit) == (1, 50)
     assert stats.cpu_stats.cpu_usage.total_usage > 0
     network = (await guest.agent.stats_container(request)).network_stats
-    assert [interface.name for interface in network][:1] == ["lo"]
+    assert "lo" not in [interface.name for interface in network]
     resources = oci_pb2.LinuxResources(Memory=oci_pb2.LinuxMemory(Limit=32 << 20))
     await guest.agent.update_container(
         pb.UpdateContainerRequest(container_id=container_id, resources=resources)
@@ -739,8 +569,8 @@ async def test_nothing_is_left_behind(guest: Guest, sleeper: str) -> None:
     assert {word.split("/")[-2] for word in words if word.startswith("/mnt/cgroup/")} == ours
 
 
-async def test_destroying_the_sandbox_ends_the_machine(tmp_path: Path) -> None:
-    async with running_guest(tmp_path) as guest:
+async def test_destroying_the_sandbox_ends_the_machine(tmp_path: Path, software: Software) -> None:
+    async with running_guest(tmp_path, software=software) as guest:
         with pytest.raises(RpcError, match="no kernel module 'nosuchmodule'") as caught:
             await guest.agent.create_sandbox(
                 pb.CreateSandboxRequest(kernel_modules=[pb.KernelModule(name="nosuchmodule")])
@@ -759,11 +589,11 @@ async def test_destroying_the_sandbox_ends_the_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not VIRTIOFSD.exists(), reason="virtiofsd is not installed")
-async def test_a_root_file_system_shared_by_the_host(tmp_path: Path) -> None:
+async def test_a_root_file_system_shared_by_the_host(tmp_path: Path, software: Software) -> None:
     rootfs = tmp_path / "shared" / "passthrough" / "c1" / "rootfs"
     for name in ("bin", "proc", "dev", "sys"):
         (rootfs / name).mkdir(parents=True)
-    shutil.copy(BUSYBOX, rootfs / "bin" / "busybox")
+    shutil.copy(software.busybox, rootfs / "bin" / "busybox")
     (rootfs / "bin" / "sh").symlink_to("busybox")
     share = Share(
         tag="kataShared",
@@ -775,7 +605,13 @@ async def test_a_root_file_system_shared_by_the_host(tmp_path: Path) -> None:
     storage = pb.Storage(
         driver="virtio-fs", source="kataShared", fstype="virtiofs", options=["nodev"], mount_point=mount_point
     )
-    async with running_guest(tmp_path, shares=(share,)) as guest:
+    shares: tuple[Share, ...] = (share,)
+    exports: tuple[Export, ...] = ()
+    if software.arch == "s390x":  # virtiofsd has another byte order
+        shares, exports = (), (Export(tag=share.tag, directory=share.directory),)
+        storage.driver = storage.fstype = "9p"
+        storage.options[:] = ["nodev", "trans=virtio", "version=9p2000.L", "cache=mmap"]
+    async with running_guest(tmp_path, shares=shares, exports=exports, software=software) as guest:
         await guest.agent.create_sandbox(pb.CreateSandboxRequest(sandbox_id="sb3", storages=[storage]))
 
         def change(spec: oci_pb2.Spec) -> None:

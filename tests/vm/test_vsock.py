@@ -6,25 +6,23 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import socket
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from agent_proto.gen import health_pb2
 from agent_proto.services import CHECK
-from hypervisor.vsock.hybrid import HybridSocket
+from hypervisor.arch import arch_named
 from hypervisor.vsock.user import UserVsock
+from tests.vm.guest import FOREIGN, OWN, Software
 from ttrpc import Client
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
-QEMU = shutil.which("qemu-system-x86_64")
-GUEST = Path(__file__).parents[2] / "build" / "guest"
 AGENT_PORT = 1024
 READY_PORT = 1100
 NOBODY_PORT = 4321
@@ -32,15 +30,16 @@ NOBODY_PORT = 4321
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.timeout(120),  # a boot without KVM, on a machine that has other things to do
-    pytest.mark.skipif(QEMU is None, reason="qemu-system-x86_64 is not installed"),
-    pytest.mark.skipif(not (GUEST / "initrd.img").exists(), reason="no guest image: run `make guest`"),
+    pytest.mark.skipif(not OWN.qemu.exists(), reason="qemu-system-x86_64 is not installed"),
+    pytest.mark.skipif(not (OWN.guest / "initrd.img").exists(), reason="no guest image: run `make guest`"),
 ]
 
 
 class Vm:
     """QEMU with our device; `ready` is resolved with what the guest's agent says once it listens."""
 
-    def __init__(self) -> None:
+    def __init__(self, software: Software) -> None:
+        self._software = software
         ours, self._vmm_end = socket.socketpair()
         monitor, self._monitor_end = socket.socketpair()
         self.device = UserVsock(ours)
@@ -65,13 +64,18 @@ class Vm:
         await self.monitor("qmp_capabilities")
 
     def _argv(self) -> list[str]:
-        words = "console=ttyS0 quiet panic=-1 cryptomgr.notests tsc=reliable no_timer_check"
-        assert QEMU is not None
+        software, arch = self._software, arch_named(self._software.arch)
+        words = f"{' '.join(arch.kernel_words)} quiet panic=-1 tsc=reliable no_timer_check"
+        cpu = arch.cpu["tcg"]
+        device = ("-device", f"{arch.devices.console},chardev=console")
+        serial = ("-serial", "chardev:console") if arch.devices.console is None else device
         return [
-            *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"),
-            *("-machine", "q35,memory-backend=mem", "-accel", "tcg,tb-size=256", "-cpu", "max,la57=off"),
+            *(str(software.qemu), "-nodefaults", "-no-user-config", "-display", "none"),
+            *("-chardev", "stdio,id=console", *serial),
+            *("-machine", f"{arch.machine},memory-backend=mem", "-accel", "tcg,tb-size=256"),
+            *("-cpu", ",".join(filter(None, (cpu.model, cpu.features)))),
             *("-m", "256", "-object", "memory-backend-memfd,id=mem,size=256M,share=on"),
-            *("-kernel", str(GUEST / "vmlinux"), "-initrd", str(GUEST / "initrd.img")),
+            *("-kernel", str(software.guest / "vmlinux"), "-initrd", str(software.guest / "initrd.img")),
             *("-append", f"{words} kata_py.ready_vport={READY_PORT}"),
             *("-chardev", f"socket,id=vsock,fd={self._vmm_end.fileno()}"),
             *("-device", "vhost-user-vsock-pci,chardev=vsock"),
@@ -116,9 +120,14 @@ class Vm:
 
 
 @pytest.fixture
-async def vm(tmp_path: Path) -> AsyncIterator[Vm]:
+def software() -> Software:
+    return OWN
+
+
+@pytest.fixture
+async def vm(tmp_path: Path, software: Software) -> AsyncIterator[Vm]:
     console = tmp_path / "console.log"
-    vm = Vm()
+    vm = Vm(software)
     await vm.boot(console)
     try:
         yield vm
@@ -127,6 +136,12 @@ async def vm(tmp_path: Path) -> AsyncIterator[Vm]:
         sys.stdout.write(console.read_text(errors="replace"))  # pytest shows it when the test failed
 
 
+def on(*software: Software) -> pytest.MarkDecorator:
+    """Run the test with these."""
+    return pytest.mark.parametrize("software", software, ids=lambda each: each.arch)
+
+
+@on(OWN, *FOREIGN)
 async def test_agent_is_reached_and_refuses_properly(vm: Vm) -> None:
     """Two connects that are issued before the guest has a driver, and then ordinary use."""
     early = [asyncio.create_task(vm.device.connect(port)) for port in (AGENT_PORT, NOBODY_PORT)]
@@ -166,6 +181,9 @@ async def test_stream_survives_a_pause(vm: Vm) -> None:
     await client.aclose()
 
 
+# Not on s390x: with QEMU 7.2 the guest that boots after a reset does not come back on its zPCI function, and our
+# machines end where others reset.
+@on(OWN, FOREIGN[0])
 async def test_guest_reset_ends_streams_and_the_new_guest_is_served(vm: Vm) -> None:
     await vm.ready
     sock = await vm.device.connect(AGENT_PORT)
@@ -186,19 +204,3 @@ async def test_killed_qemu_ends_streams_and_connects(vm: Vm) -> None:
     with pytest.raises(ConnectionResetError):
         await vm.device.connect(AGENT_PORT)
     sock.close()
-
-
-async def test_hybrid_socket_reaches_the_agent(vm: Vm, tmp_path: Path) -> None:
-    await vm.ready
-    hybrid = HybridSocket(vm.device, tmp_path / "vsock.sock")
-    sock: Any = socket.socket(socket.AF_UNIX)
-    sock.setblocking(False)
-    loop = asyncio.get_running_loop()
-    await loop.sock_connect(sock, str(tmp_path / "vsock.sock"))
-    await loop.sock_sendall(sock, b"connect %d\n" % AGENT_PORT)
-    assert (await loop.sock_recv(sock, 100)).startswith(b"OK ")
-    client = Client.from_socket(sock)
-    answer = await client.call("grpc.Health", CHECK, health_pb2.CheckRequest(), timeout_s=30)
-    assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    await client.aclose()
-    await hybrid.aclose()

@@ -17,7 +17,7 @@ from agent_proto import client as client_module
 from agent_proto import services
 from agent_proto.client import AgentClient
 from agent_proto.gen import agent_pb2 as pb
-from agent_proto.gen import csi_pb2, health_pb2, oci_pb2, types_pb2
+from agent_proto.gen import csi_pb2, health_pb2, kata_py_agent_pb2, oci_pb2, types_pb2
 from ttrpc import Client, Code, ConnectionClosed, RpcError, Server
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ DESCRIPTORS = {
     for service in (
         pb.DESCRIPTOR.services_by_name["AgentService"],
         health_pb2.DESCRIPTOR.services_by_name["Health"],
+        kata_py_agent_pb2.DESCRIPTOR.services_by_name["Extensions"],
     )
     for method in service.methods
 }
@@ -81,8 +82,10 @@ CALLS: dict[str, tuple[str, float | None]] = {
     "CopyFile": ("copy_file", 7),
     "GetVolumeStats": ("get_volume_stats", 7),
     "ResizeVolume": ("resize_volume", 7),
-    "Check": ("check", 30),
+    "Check": ("check", None),
     "Version": ("version", 7),
+    "ListProcesses": ("list_processes", 7),
+    "SignalContainer": ("signal_container", 7),
 }
 
 
@@ -97,15 +100,20 @@ def test_every_call_of_the_services_is_listed() -> None:
 @pytest.mark.parametrize("wire_name", CALLS)
 def test_service_tables_repeat_the_descriptors(wire_name: str) -> None:
     descriptor = DESCRIPTORS[wire_name]
-    service = {service.name: service for service in (services.AGENT, services.HEALTH)}[owner(descriptor)]
-    method = service[wire_name]
+    described = (services.AGENT, services.HEALTH, services.EXTENSIONS)
+    method = {service.name: service for service in described}[owner(descriptor)][wire_name]
     assert (method.name, method.request, method.response) == (wire_name, *message_types(descriptor))
     assert not (method.client_streaming or method.server_streaming)
 
 
 @pytest.mark.parametrize("wire_name", CALLS)
 def test_method_is_typed_as_the_service(wire_name: str) -> None:
-    modules = {"pb": pb, "csi_pb2": csi_pb2, "health_pb2": health_pb2, "types_pb2": types_pb2, "Empty": Empty}
+    generated = (csi_pb2, health_pb2, kata_py_agent_pb2, types_pb2)
+    modules = {
+        "pb": pb,
+        "Empty": Empty,
+        **{module.__name__.rpartition(".")[2]: module for module in generated},
+    }
     method = getattr(AgentClient, CALLS[wire_name][0])
     hints = get_type_hints(method, globalns=vars(client_module) | modules)
     assert (hints["request"], hints["return"]) == message_types(DESCRIPTORS[wire_name])
@@ -226,6 +234,7 @@ async def test_a_silent_agent_ends_in_deadline_exceeded() -> None:
         with pytest.raises(RpcError) as failure:
             await agent.set_policy(pb.SetPolicyRequest())
     assert failure.value.code == Code.DEADLINE_EXCEEDED
+    assert failure.value.message.startswith("the guest's agent has not answered SetPolicy within 0.05 s: ")
 
 
 async def test_a_lost_agent_ends_a_call_without_timeout() -> None:
@@ -251,7 +260,7 @@ def message_types(descriptor: MethodDescriptor) -> tuple[type[Message], type[Mes
 
 
 def register(server: Server, handlers: dict[str, Any]) -> None:
-    for service in (services.AGENT, services.HEALTH):
+    for service in (services.AGENT, services.HEALTH, services.EXTENSIONS):
         own = {name: handler for name, handler in handlers.items() if name in service.methods}
         server.register(service, own)
 

@@ -12,7 +12,7 @@ SPEC = {
     "hostname": "h",
     "process": {
         "terminal": False,
-        "user": {"uid": 0, "gid": 7, "additionalGids": [1, 2]},
+        "user": {"uid": 0, "gid": 7, "additionalGids": [1, 2], "umask": 0},
         "args": ["sh", "-c", "true"],
         "env": ["A=b"],
         "cwd": "/",

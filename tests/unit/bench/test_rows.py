@@ -41,3 +41,8 @@ def test_aims_are_upper_limits(
 ) -> None:
     row = Row(name="a", unit="s", values=[10.0], base=[5.0], aim_ratio=aim_ratio, aim_value=aim_value)
     assert row.meets_aim is expected
+
+
+@pytest.mark.parametrize(("aim_least", "expected"), [(10.0, True), (10.1, False)])
+def test_speeds_have_lower_limits(aim_least: float, expected: bool) -> None:
+    assert Row(name="a", unit="MB/s", values=[10.0], aim_least=aim_least).meets_aim is expected

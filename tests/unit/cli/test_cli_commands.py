@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,13 @@ from typer.testing import CliRunner
 import shim
 from cli import guest
 from cli.main import app
+from config import load
+from config.schema import SECTIONS, Section
+from config.show import encode
 from guest_image import ImageError, Manifest
+from shim import paths
+from tests.unit.config.config_site import Site
+from tests.unit.config.test_config_kata_files import COLUMNS, written
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,8 +92,8 @@ def test_build_reports_steps_and_result(
 ) -> None:
     asked: list[object] = []
 
-    def build(folder: Path, *, arch: str, progress: Callable[[str], None], suite: str | None) -> Manifest:
-        asked.extend([folder, arch, suite])
+    def build(folder: Path, *, progress: Callable[[str], None], **options: object) -> Manifest:
+        asked.extend([folder, options])
         progress("first step")
         progress("second step")
         return MANIFEST
@@ -95,8 +103,33 @@ def test_build_reports_steps_and_result(
         "guest", "build", "--output", str(tmp_path), "--arch", "arm64", "--suite", "trixie"
     )
     assert status == 0
-    assert asked == [tmp_path, "arm64", "trixie"]
+    assert asked == [tmp_path, {"arch": "arm64", "suite": "trixie", "image": None, "verity": False}]
     assert output.index("first step") < output.index("second step") < output.index("6.1.0-test")
+
+
+def test_a_root_image_is_told_with_its_configuration(
+    kata_py: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, object] = {}
+
+    def build(folder: Path, **options: object) -> Manifest:
+        asked.update(options)
+        return replace(
+            MANIFEST, rootfs_type="erofs", image_bytes=2_000_000, kernel_verity_params="root_hash=00"
+        )
+
+    monkeypatch.setattr(guest, "build_image", build)
+    status, output = kata_py("guest", "build", "--output", str(tmp_path), "--image", "erofs", "--verity")
+    assert status == 0
+    assert (asked["image"], asked["verity"]) == ("erofs", True)
+    table = tomllib.loads("".join(output.partition("[hypervisor.qemu]:\n")[2]))
+    assert table == {
+        "kernel": f"{tmp_path}/vmlinux",
+        "image": f"{tmp_path}/rootfs.img",
+        "image_initrd": f"{tmp_path}/image-initrd.img",
+        "rootfs_type": "erofs",
+        "kernel_verity_params": "root_hash=00",
+    }
 
 
 def test_failed_build_is_one_line(
@@ -122,21 +155,24 @@ def test_info(kata_py: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uid", "environment", "expected"),
+    ("uid", "environment", "arch", "expected"),
     [
-        (0, {}, "/usr/share/kata-py"),
-        (1000, {"XDG_DATA_HOME": "/data"}, "/data/kata-py/guest"),
-        (1000, {"HOME": "/home/me"}, "/home/me/.local/share/kata-py/guest"),
+        (0, {}, "amd64", "/usr/share/kata-py"),
+        (0, {}, "arm64", "/usr/share/kata-py/arm64"),
+        (1000, {"XDG_DATA_HOME": "/data"}, "amd64", "/data/kata-py/guest"),
+        (1000, {"XDG_DATA_HOME": "/data"}, "s390x", "/data/kata-py/guest/s390x"),
+        (1000, {"HOME": "/home/me"}, "amd64", "/home/me/.local/share/kata-py/guest"),
     ],
 )
 def test_default_folder(
-    monkeypatch: pytest.MonkeyPatch, uid: int, environment: dict[str, str], expected: str
+    monkeypatch: pytest.MonkeyPatch, uid: int, environment: dict[str, str], arch: str, expected: str
 ) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr("os.geteuid", lambda: uid)
-    assert guest.default_folder() == Path(expected)
+    assert guest.default_folder(arch) == Path(expected)
 
 
 def write_config(folder: Path, extra: str = "") -> Path:
@@ -159,6 +195,17 @@ def test_good_configuration(kata_py: Callable[..., tuple[int, str]], tmp_path: P
     assert output.splitlines()[-2:] == [f"ok {path}", f"   with {tmp_path}/config.d/10-mine.toml"]
 
 
+@pytest.mark.parametrize("column", COLUMNS)
+def test_katas_own_files_are_good(
+    kata_py: Callable[..., tuple[int, str]], tmp_path: Path, column: str
+) -> None:
+    site = Site(tmp_path)
+    site.file.write_text(written(site, column))
+    status, output = kata_py("config", "check", str(site.file))
+    assert status == 0, output
+    assert output.splitlines()[-1] == f"ok {site.file}"
+
+
 def test_every_problem_of_a_configuration_is_listed(
     kata_py: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
@@ -176,3 +223,73 @@ def test_check_exits_with_the_verdict(kata_py: Callable[..., tuple[int, str]], t
     assert status == 1
     assert f"{tmp_path}/absent.toml: does not exist" in output
     assert "Not ready" in output
+
+
+def test_show_tells_value_and_origin_of_every_key(
+    kata_py: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    path = write_config(tmp_path, "default_memory = 256\n")
+    (tmp_path / "config.d").mkdir()
+    drop_in = tmp_path / "config.d" / "10-mine.toml"
+    drop_in.write_text("[agent.kata]\nkernel_modules = ['a', 'b']\n")
+    status, output = kata_py("config", "show", str(path))
+    assert status == 0
+    lines = output.splitlines()
+    assert f"hypervisor.qemu.default_memory = 256  # {path}" in lines
+    assert f'agent.kata.kernel_modules = ["a","b"]  # {drop_in}' in lines
+    assert 'hypervisor.qemu.machine_type = "q35"  # default' in lines
+    nested = ("hypervisor.qemu", "agent.kata", "runtime", "factory", "hypervisor.qemu.factory")
+    shown = {line.split(" = ")[0] for line in lines}
+    assert {f"{header}.enable_template" for header in nested[-2:]} <= shown
+    for header in nested:
+        defaults = SECTIONS[header]()
+        keys = [
+            name for name in defaults.__struct_fields__ if not isinstance(getattr(defaults, name), Section)
+        ]
+        assert {f"{header}.{name}" for name in keys} <= shown
+
+
+def test_show_as_json(kata_py: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    status, output = kata_py("config", "show", "--json", str(write_config(tmp_path)))
+    assert status == 0
+    assert {"key": "runtime.log_level", "value": "info", "origin": "default"} in json.loads(output)
+
+
+def test_show_what_a_sandbox_uses(
+    kata_py: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "RUN_ROOT", str(tmp_path))
+    name = "io.katacontainers.config.hypervisor.default_memory"
+    path = write_config(tmp_path, "enable_annotations = ['default_memory']\n")
+    (tmp_path / "s1").mkdir()
+    (tmp_path / "s1" / paths.CONFIG_FILE).write_bytes(encode(load(path, env={}, annotations={name: "1Gi"})))
+    path.unlink()
+    status, output = kata_py("config", "show", "--sandbox", "s1")
+    assert status == 0
+    assert f"hypervisor.qemu.default_memory = 1024  # annotation {name}" in output.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--sandbox", "gone"], "no sandbox gone runs here"),
+        (["--sandbox", "../x"], "'../x' is not the id of a sandbox"),
+        (["--sandbox", "s", "/file"], "name FILE or --sandbox, not both"),
+        (["--sandbox", "torn"], "cannot be read"),
+        (["/nonexistent/file"], "/nonexistent/file: does not exist"),
+    ],
+)
+def test_nothing_to_show_is_one_line(
+    kata_py: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    problem: str,
+) -> None:
+    monkeypatch.setattr(paths, "RUN_ROOT", str(tmp_path))
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / paths.CONFIG_FILE).write_text("[{")
+    status, output = kata_py("config", "show", *words)
+    assert status == 1
+    assert problem in output
+    assert len(output.splitlines()) == 1

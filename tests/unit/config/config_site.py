@@ -1,11 +1,13 @@
 """A folder with a guest in it and a way to load what a test writes there."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from config import ConfigError, HostLimits, LoadedConfig, load
 
+VERITY = f"root_hash={'4f' * 32},salt=a0,data_blocks=8,data_block_size=4096,hash_block_size=4096"
 HOST = HostLimits(cpus=8, memory_mib=16384)
 
 
@@ -30,10 +32,18 @@ class Site:
         file.write_text(text)
         return file
 
-    def load(self, text: str, host: HostLimits = HOST) -> LoadedConfig:
+    def load(
+        self, text: str, host: HostLimits = HOST, annotations: Mapping[str, str] | None = None
+    ) -> LoadedConfig:
         """Load exactly this text."""
         self.file.write_text(text)
-        return load(self.file, env={}, host=host)
+        return load(self.file, env={}, host=host, annotations=annotations)
+
+    def annotated(
+        self, annotations: Mapping[str, str], text: str = 'enable_annotations = [".*"]\n'
+    ) -> LoadedConfig:
+        """Load a pod's annotations over these keys of [hypervisor.qemu] and those that name the guest's files."""
+        return self.load(f"[hypervisor.qemu]\n{self.required()}{text}", annotations=annotations)
 
     def qemu(self, text: str, host: HostLimits = HOST) -> LoadedConfig:
         """Load these keys of [hypervisor.qemu] over the ones that name the guest's files."""

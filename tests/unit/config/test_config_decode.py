@@ -30,7 +30,7 @@ SECTOR_SIZES = "want one of 0, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536"
         ("pflashes = 'a'", "pflashes: want array of string, got 'a'"),
         ("pflashes = ['a', [], 'b']", "pflashes[1]: want string, got []"),
         ("accel = 'KVM'", "accel: want one of auto, kvm, tcg, got 'KVM'"),
-        ("machine_type = 'virt'", "machine_type: want q35, got 'virt'"),
+        ("machine_type = 'pc'", "machine_type: want one of q35, virt, s390-ccw-virtio, got 'pc'"),
         ("shared_fs = 'virtio-9p'", "shared_fs: want one of virtio-fs, none, got 'virtio-9p'"),
         (
             "extra_monitor_socket = 'x'",
@@ -71,7 +71,7 @@ def test_ten_mistakes_give_ten_lines(site: Site) -> None:
         default_vcpus = "2"
         default_memory = -1
         shared_fs = "virtio-9p"
-        confidential_guest = true
+        jailer_path = "/usr/bin/jailer"
         virtio_fs_extra_args = ["-o", 3]
         [agent.kata]
         dial_timeout_ms = 0
@@ -90,8 +90,8 @@ def test_ten_mistakes_give_ten_lines(site: Site) -> None:
         "agent.kata.dial_timeout_ms: want int 1..4294967295, got 0",
         "agent.kata.vsock: unknown key (it belongs to [hypervisor.qemu])",
         (
-            "hypervisor.qemu.confidential_guest: not supported in this version: "
-            "guest memory would not be protected (remove the key or set it to false)"
+            "hypervisor.qemu.jailer_path: not supported in this version: "
+            "QEMU has no jailer (remove the key or set it to '')"
         ),
     ]
 

@@ -11,6 +11,8 @@ from config.tree import Report, Tree
 from config.validate import adjust_and_validate
 from tests.unit.config.config_site import HOST, Site
 
+PATHS = 'src_ctr = "a"\nsrc_path = "/a"\ndst_ctr = "b"\ndst_path = "/b"'
+
 
 def loaded(explicit: Path | None = None, env: Path | str | None = None, *places: Path) -> LoadedConfig:
     environment = {} if env is None else {"KATA_CONF_FILE": str(env)}
@@ -144,11 +146,14 @@ def test_tables_join_and_everything_else_replaces(site: Site) -> None:
         default_memory = 256
         [[runtime.shared_mounts]]
         name = "first"
+        {PATHS}
         """
     site.drop_in(
         "1", '[hypervisor.qemu]\nvirtio_fs_extra_args = ["--three"]\n[agent.kata]\nserver_port = 9\n'
     )
-    site.drop_in("2", '[[runtime.shared_mounts]]\nname = "second"\n[agent.kata]\nlog_port = 10\n')
+    site.drop_in(
+        "2", '[[runtime.shared_mounts]]\nname = "second"\n' + PATHS + "\n[agent.kata]\nlog_port = 10\n"
+    )
     config = site.load(base).config
     assert config.hypervisor.virtio_fs_extra_args == ("--three",)
     assert config.hypervisor.default_memory == 256

@@ -6,10 +6,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from config import Config, ConfigError, load
+from config.annotation_rules import RULES
+from config.annotations import annotate
 from config.decode import decode
 from config.effects import check_effects
 from config.schema import SECTIONS
@@ -54,6 +57,17 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
     return tree
 
 
+def check_values(config: Config) -> None:
+    """Every value is one that the schema allows, and nothing that QEMU or virtiofsd reads has a second line."""
+    for section in (config.hypervisor, config.agent, config.runtime, config.factory):
+        assert msgspec.convert(msgspec.to_builtins(section), type(section)) == section
+    qemu = config.hypervisor
+    words = (qemu.machine_accelerators, qemu.cpu_features, qemu.kernel_params, qemu.seccomp_sandbox)
+    assert all(word.isprintable() for word in (*words, *qemu.virtio_fs_extra_args))
+    assert 0 < qemu.default_vcpus <= qemu.default_maxvcpus <= HOST.cpus
+    assert 64 <= qemu.default_memory <= qemu.default_maxmemory <= HOST.memory_mib
+
+
 def answer(tables: list[dict[str, Any]]) -> Config:
     tree = Tree(Path("/base"), tables[0])
     for number, table in enumerate(tables[1:]):
@@ -68,10 +82,44 @@ def answer(tables: list[dict[str, Any]]) -> Config:
 @given(st.lists(trees(), min_size=1, max_size=3))
 def test_any_tables(tables: list[dict[str, Any]]) -> None:
     try:
-        assert isinstance(answer(tables), Config)
+        check_values(answer(tables))
     except ConfigError as err:
         assert err.problems
         assert len(str(err).splitlines()) == len(err.problems) == len(set(err.problems))
+
+
+FILES = {"path": "/bin/sh", "kernel": "/bin/sh", "initrd": "/bin/sh", "virtio_fs_daemon": "/bin/sh"}
+texts = st.one_of(
+    st.text(max_size=12),
+    st.integers(-(2**70), 2**70).map(str),
+    st.sampled_from(
+        ["true", "1.5", "2Gi", "/bin/sh", "[]", '["a"]', '[{"name":3}]', "none", "a=b,c\nd", "bmFu"]
+    ),
+)
+pods = st.dictionaries(
+    st.sampled_from(sorted(RULES)) | st.text(max_size=6).map("io.katacontainers.config.".__add__),
+    texts,
+    max_size=3,
+)
+
+
+@given(pods)
+def test_any_annotations(annotations: dict[str, str]) -> None:
+    allowed = {"enable_annotations": [".*"], "valid_hypervisor_paths": ["/bin/*"]}
+    table: dict[str, Any] = {"hypervisor": {"qemu": FILES | allowed}}
+    before = answer([table])
+    tree = Tree(Path("/base"), table)
+    report = Report(tree)
+    annotate(tree, annotations, before, report)
+    config = adjust_and_validate(decode(tree.table, report), HOST, report)
+    check_effects(config, report)
+    try:
+        report.raise_any()
+    except ConfigError as err:
+        assert all(str(problem.file).startswith("annotation ") for problem in err.problems)
+        assert len(str(err).splitlines()) == len(err.problems)
+    else:
+        check_values(config)
 
 
 @given(trees())

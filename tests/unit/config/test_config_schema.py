@@ -24,14 +24,17 @@ OWN_DEFAULTS = {
     "hypervisor.qemu.seccomp_sandbox": "",
     "hypervisor.qemu.disable_nested_virtualization": False,
     "runtime.jaeger_endpoint": "",
+    "agent.kata.health_check_request_timeout_ms": 5000,
 }
 OWN_KEYS = {
     "hypervisor.qemu.accel",
+    "hypervisor.qemu.image_initrd",
     "hypervisor.qemu.vsock",
     "hypervisor.qemu.qmp_read_timeout_ms",
     "hypervisor.qemu.qmp_connect_timeout_ms",
     "hypervisor.qemu.qmp_retry_pause_ms",
     "hypervisor.qemu.boot_timeout_s",
+    "hypervisor.qemu.guest_dir",
     "agent.kata.server_addr",
     "agent.kata.mem_agent.enable",
     "agent.kata.mem_agent.create_container_timeout",
@@ -97,7 +100,8 @@ def test_every_key_is_described(header: str, field: FieldInfo) -> None:
     said = info(SECTIONS[header], field.name)
     assert said.description.endswith(".")
     assert said.effect in ("now", "warned", "ignored", "refused")
-    assert bool(said.why) == (said.effect == "refused")
+    assert bool(said.why) == (said.effect != "now")
+    assert not said.why.endswith(".")
     assert wanted(field.type)
 
 

@@ -6,7 +6,10 @@ import pytest
 
 from config import HostLimits, validate
 from config.tree import Report, Tree
-from tests.unit.config.config_site import HOST, Site
+from tests.unit.config.config_site import HOST, VERITY, Site
+
+NAME = "want a name that no other has, of 1 to 10 letters, digits, _ and -"
+WORDS = "want root_hash=...,salt=...,data_blocks=...,data_block_size=...,hash_block_size=..."
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,18 @@ def test_the_limits_of_this_host_are_plausible() -> None:
     ("text", "key", "attribute", "expected"),
     [
         ("", "virtio_fs_queue_size", "hypervisor", 1024),
+        ("[hypervisor.qemu]\ndefault_bridges = 0", "default_bridges", "hypervisor", 1),
+        ("[hypervisor.qemu]\ndefault_bridges = 9", "default_bridges", "hypervisor", 5),
+        ("[hypervisor.qemu]\nnetwork_queues = 0", "network_queues", "hypervisor", 1),
+        ("[hypervisor.qemu]\nnetwork_queues = 300", "network_queues", "hypervisor", 256),
+        ("[hypervisor.qemu]\nqueue_size = 0", "queue_size", "hypervisor", 128),
+        ("[hypervisor.qemu]\nnum_queues = 0", "num_queues", "hypervisor", 1),
+        (
+            "[hypervisor.qemu]\ncpu_features = '+vmx,-avx,a.b=c d=e'",
+            "cpu_features",
+            "hypervisor",
+            "+vmx,-avx,a.b=c d=e",
+        ),
         ("[hypervisor.qemu]\nvirtio_fs_queue_size = 128", "virtio_fs_queue_size", "hypervisor", 128),
         ("[hypervisor.qemu]\nvirtio_fs_cache = 'none'", "virtio_fs_cache", "hypervisor", "never"),
         (
@@ -100,6 +115,101 @@ def test_adjusted_values(site: Site, text: str, key: str, attribute: str, expect
         ("default_memory = 63", "default_memory: 63 MiB is too little for a guest, want at least 64"),
         ("default_maxmemory = 1000", "default_maxmemory: 1000 MiB is less than the 2048 of default_memory"),
         ("virtio_fs_queue_size = 1000", "virtio_fs_queue_size: want a power of two, got 1000"),
+        ("file_mem_backend = '/nowhere'", "file_mem_backend: '/nowhere' is no directory"),
+        (
+            "selinux_label = 'container_t'",
+            "selinux_label: 'container_t' is not user:role:type or user:role:type:level",
+        ),
+        (
+            "selinux_label = 'a:b:c:s0 x'",
+            "selinux_label: 'a:b:c:s0 x' is not user:role:type or user:role:type:level",
+        ),
+        ("rootless = true\nenable_hugepages = true", "rootless: huge pages are for root only"),
+        (
+            "rootless = true\nextra_monitor_socket = 'hmp'\nenable_debug = true",
+            "rootless: QEMU cannot make a socket in root's directory",
+        ),
+        ("guest_memory_dump_path = 'crash'", "guest_memory_dump_path: want an absolute path, got 'crash'"),
+        ("file_mem_backend = 'dev/shm'", "file_mem_backend: 'dev/shm' is no directory"),
+        ("queue_size = 100", "queue_size: want a power of two, 4 to 1024, got 100"),
+        ("queue_size = 2", "queue_size: want a power of two, 4 to 1024, got 2"),
+        ("queue_size = 2048", "queue_size: want a power of two, 4 to 1024, got 2048"),
+        ("num_queues = 1025", "num_queues: want at most 1024, got 1025"),
+        ("indep_iothreads = 257", "indep_iothreads: want int 0..256, got 257"),
+        (
+            "enable_iommu_platform = true",
+            "enable_iommu_platform: a machine of type q35 has no devices on channels",
+        ),
+        ("pcie_root_port = 17", "pcie_root_port: want at most 16, got 17"),
+        (
+            "pcie_root_port = 1\npcie_switch_port = 1",
+            "pcie_switch_port: spare ports are of the root complex or of a switch, not of both",
+        ),
+        (
+            "machine_type = 's390-ccw-virtio'\npcie_root_port = 1",
+            "pcie_root_port: guests with s390x have no PCIe ports",
+        ),
+        (
+            "machine_type = 's390-ccw-virtio'\nenable_iommu = true",
+            "enable_iommu: guests with s390x have no virtual IOMMU",
+        ),
+        (
+            "file_mem_backend = '/dev/shm'\nenable_hugepages = true",
+            "file_mem_backend: guest memory is files or huge pages, not both",
+        ),
+        (f"kernel_verity_params = '{VERITY}'", "kernel_verity_params: is of use only with image"),
+        ("guest_hook_path = 'hooks'", "guest_hook_path: want an absolute path in the guest, got 'hooks'"),
+        ("guest_hook_path = '/a/../b'", "guest_hook_path: want an absolute path in the guest, got '/a/../b'"),
+        (
+            "kernel_verity_params = 'root_hash=00'",
+            f"kernel_verity_params: salt is missing; {WORDS}",
+        ),
+        ("machine_accelerators = '-a'", "machine_accelerators: want properties as in a=b,c=d, got '-a'"),
+        ("machine_accelerators = '=b'", "machine_accelerators: want properties as in a=b,c=d, got '=b'"),
+        (
+            "machine_accelerators = 'usb=off, kernel=/etc/passwd'",
+            "machine_accelerators: kernel of the machine is set by another key: kernel",
+        ),
+        (
+            "machine_accelerators = 'accel=tcg'",
+            "machine_accelerators: accel of the machine is set by another key: accel",
+        ),
+        ("cpu_features = 'a b=c'", "cpu_features: want properties as in a=b,c=d, got 'a b=c'"),
+        (
+            "guest_extension_images = [{name = 'a b', path = '/bin/sh'}]",
+            f"guest_extension_images[0].name: {NAME}, got 'a b'",
+        ),
+        (
+            "guest_extension_images = [{name = 'elevenchars', path = '/bin/sh'}]",
+            f"guest_extension_images[0].name: {NAME}, got 'elevenchars'",
+        ),
+        (
+            "guest_extension_images = [{name = 'a', path = '/bin/sh'}, {name = 'a', path = '/bin/sh'}]",
+            f"guest_extension_images[1].name: {NAME}, got 'a'",
+        ),
+        (
+            "guest_extension_images = [{name = 'a', path = '/none'}]",
+            "guest_extension_images[0].path: /none does not exist",
+        ),
+        (
+            "guest_extension_images = [{name = 'a', path = '/bin/sh', verity_params = 'x y=z'}]",
+            f"guest_extension_images[0].verity_params: 'x y' is not known; {WORDS}",
+        ),
+        ("firmware_volume = '/dev/null'", "firmware_volume: is of use only with firmware"),
+        ("pflashes = ['/nowhere']", "pflashes: /nowhere does not exist"),
+        (
+            "firmware = '/dev/null'\npflashes = ['/dev/null']",
+            "pflashes: firmware is a file or flash memory, not both",
+        ),
+        (
+            "initrd = ''\nimage = '/dev/null'\nvm_rootfs_driver = 'virtio-scsi'",
+            "vm_rootfs_driver: the machine has no virtio-scsi for image",
+        ),
+        ("image_initrd = '/dev/null'", "image_initrd: is of use only with image"),
+        (
+            "initrd = ''\nimage = '/dev/null'\nimage_initrd = '/nowhere'",
+            "image_initrd: /nowhere does not exist",
+        ),
         ("virtio_fs_extra_args = ['-o', 'a\\b']", None),
         (
             'virtio_fs_extra_args = ["-o", "a\\tb"]',
@@ -196,3 +306,17 @@ def test_adjusting_twice_changes_nothing(site: Site) -> None:
     report = Report(Tree(None, {}))
     assert validate.adjust_and_validate(config, HOST, report) == config
     report.raise_any()
+
+
+@pytest.mark.parametrize(
+    ("machine", "program"),
+    [("q35", "x86_64"), ("virt", "aarch64"), ("s390-ccw-virtio", "s390x")],
+)
+def test_the_usual_program_is_the_machines(
+    site: Site, monkeypatch: pytest.MonkeyPatch, machine: str, program: str
+) -> None:
+    monkeypatch.setattr("config.validate._QemuTopics._file", lambda self, name, path, **_: path)
+    for path in ("", "/usr/bin/qemu-system-x86_64"):
+        config = site.qemu(f"path = '{path}'\nmachine_type = '{machine}'").config
+        assert config.hypervisor.path == f"/usr/bin/qemu-system-{program}"
+    assert site.qemu(f"path = '/x'\nmachine_type = '{machine}'").config.hypervisor.path == "/x"

@@ -66,15 +66,19 @@ async def watch() -> AsyncIterator[FileWatch]:
 
 
 @pytest.fixture
-def sandbox(engine: FakeEngine, watch: FileWatch, mounts: list[str], tmp_path: Path) -> Sandbox:
+def sandbox(
+    engine: FakeEngine, watch: FileWatch, reaper: Reaper, mounts: list[str], tmp_path: Path
+) -> Sandbox:
     modules = Modules(f"{tmp_path}/none", f"{tmp_path}/none")
     for directory in (tmp_path / "cgroup", tmp_path / "cgroup/kata"):
         directory.mkdir()
         (directory / "cgroup.controllers").write_text("cpu memory\n")
+        (directory / "cgroup.subtree_control").touch()
     return Sandbox(
         engine,  # type: ignore[arg-type]
         modules,
         watch,
+        reaper,
         Log(console_fd=None),
         bundles=f"{tmp_path}/bundles",
         cgroup_root=f"{tmp_path}/cgroup",

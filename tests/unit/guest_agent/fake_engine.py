@@ -15,6 +15,7 @@ from guest_agent.stdio import Stdio
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
 
     from guest_agent.reaper import Reaper
 
@@ -32,6 +33,7 @@ class FakeEngine:
         self.calls: list[str] = []
         self.failing: set[str] = set()
         self.hold: asyncio.Event | None = None
+        self.on_create: Callable[[str], None] | None = None
 
     def prepare(self) -> None:
         self.calls.append("prepare")
@@ -44,6 +46,8 @@ class FakeEngine:
             raise EngineFailed(f"{verb} was told to fail")
 
     async def create(self, container_id: str, bundle: str, *, terminal: bool, pipe_size: int) -> Started:
+        if self.on_create is not None:
+            self.on_create(container_id)
         await self._called("create", container_id)
         with open(f"{bundle}/config.json") as file:
             args = json.load(file)["process"]["args"]

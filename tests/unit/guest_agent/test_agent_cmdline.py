@@ -26,7 +26,13 @@ def test_words_for_the_agent() -> None:
     assert port(settings.server_addr) == 2048
     assert settings.hotplug_timeout_s == 10
     assert settings.container_pipe_size == 4096
-    assert settings.problems == []
+
+
+def test_words_of_katas_agent_that_ask_for_what_is_not_here_are_told_of() -> None:
+    words = ("agent.trace=true", "agent.debug_console", "agent.mem_agent_enable=1")
+    assert parse(f"panic=1 {' '.join(words)} agent_x=1 psi=1").problems == [
+        f"{word}: this guest's agent has no such setting" for word in words
+    ]
 
 
 @pytest.mark.parametrize(

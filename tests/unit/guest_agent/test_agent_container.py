@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from guest_agent.container import CREATED, MAX_ENDED_EXECS, PAUSED, RUNNING, STOPPED
-from guest_agent.errors import AlreadyExists, EngineFailed, InvalidRequest, NotFound, StateConflict
+from guest_agent.errors import (
+    AlreadyExists,
+    EngineFailed,
+    InvalidRequest,
+    NotFound,
+    NotSupported,
+    StateConflict,
+)
 from guest_agent.process import heeds
 from guest_agent.sandbox import check_id
 from guest_agent.stdio import Stdio
@@ -79,6 +87,26 @@ async def test_a_failed_create_leaves_nothing(
     await sandbox.remove_container("c1", None)
 
 
+async def test_a_failed_create_does_not_wait_for_ever_for_processes_that_do_not_end(
+    sandbox: Sandbox, engine: FakeEngine, watch: FileWatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guest_agent.sandbox.END_LIMIT_S", 0.01)
+    directory = tmp_path / "cgroup/kata/c1"
+
+    def hang(container_id: str) -> None:
+        directory.mkdir()
+        (directory / "cgroup.events").write_text("populated 1\n")
+
+    engine.on_create = hang
+    engine.failing.add("create")
+    with pytest.raises(EngineFailed, match="create was told to fail"):
+        await make(sandbox, "true")
+    with pytest.raises(NotFound):
+        sandbox.container("c1")
+    assert b"a process does not end" in sandbox._log.backlog.take(10_000)
+    (directory / "cgroup.events").unlink()
+
+
 async def test_a_root_that_is_in_place_is_not_mounted_again(
     sandbox: Sandbox, mounts: list[str], tmp_path: Path
 ) -> None:
@@ -127,8 +155,9 @@ async def test_hooks_are_the_engines_business(
 
 async def test_exec(sandbox: Sandbox) -> None:
     container = await make(sandbox, "sleep", "1000")
-    with pytest.raises(StateConflict, match="cannot exec in container c1: it is created"):
-        await container.exec("e", {"args": ["true"]})
+    await container.exec("e", {"args": ["true"]})
+    await container.process("e").wait()
+    assert container.state == CREATED
     await container.start()
     await container.exec("e", {"args": ["sh", "-c", "exit 4"]})
     first = container.process("e")
@@ -154,6 +183,39 @@ async def test_ended_execs_are_bounded(sandbox: Sandbox) -> None:
     known = [number for number in range(MAX_ENDED_EXECS + 3) if f"e{number}" in container._execs]
     assert len(known) == MAX_ENDED_EXECS
     assert known[-1] == MAX_ENDED_EXECS + 2
+
+
+async def test_what_the_host_is_still_to_get_is_kept(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exit code that was not asked for, and output that somebody has begun to read: up to another limit."""
+    monkeypatch.setattr("guest_agent.container.MAX_ENDED_EXECS", 2)
+    monkeypatch.setattr("guest_agent.container.MAX_OWED_EXECS", 4)
+    container = await make(sandbox, "sleep", "1000")
+    await container.start()
+    await container.exec("slow", {"args": ["echo", "-n", "output"]})
+    slow = container.process("slow")
+    assert slow.stdio.stdout is not None
+    assert await slow.stdio.stdout.read(3) == b"out"
+    await slow.wait()
+    await container.exec("late", {"args": ["sh", "-c", "exit 7"]})
+    late = container.process("late")
+    await asyncio.shield(late.exited)
+    for number in range(5):
+        await container.exec(f"e{number}", {"args": ["true"]})
+        await container.process(f"e{number}").wait()
+    await container.exec("last", {"args": ["sleep", "1000"]})
+    assert list(container._execs) == ["slow", "late", "e3", "e4", "last"]
+    assert await slow.stdio.stdout.read(10) == b"put"
+    assert await container.process("late").wait() == 7
+    for number in range(6):  # nobody asks for these
+        await container.exec(f"n{number}", {"args": ["true"]})
+        await asyncio.shield(container.process(f"n{number}").exited)
+    assert await slow.stdio.stdout.read(10) == b""
+    await container.exec("very last", {"args": ["true"]})
+    known = set(container._execs)
+    assert {"n2", "n3", "n4", "n5"} <= known
+    assert not known & {"slow", "late", "n0", "n1"}
 
 
 @pytest.mark.parametrize(
@@ -286,27 +348,65 @@ async def test_an_id_is_used_once(sandbox: Sandbox, engine: FakeEngine) -> None:
     await sandbox.remove_container("c1", None)
 
 
-async def test_the_shared_pid_namespace_is_that_of_the_oldest_living(
-    sandbox: Sandbox, tmp_path: Path
-) -> None:
-    import json
+class FakePidNamespace:
+    """In place of one that only root could make."""
 
-    async def namespace_of(container_id: str) -> dict[str, Any]:
-        request = container_request(container_id, "sleep", "1000")
-        request.sandbox_pidns = True
-        await sandbox.create_container(request)
-        config = json.loads((tmp_path / f"bundles/{container_id}/config.json").read_text())
-        namespaces: list[dict[str, Any]] = config["linux"]["namespaces"]
-        return namespaces[-1]
+    path = "/proc/77/ns/pid"
+    ended = False
 
-    with pytest.raises(StateConflict, match="no container is running whose pid namespace"):
-        await namespace_of("c0")
-    first = await make(sandbox, "sleep", "1000", container_id="c1")
-    assert await namespace_of("c2") == {"type": "pid", "path": f"/proc/{first.init.pid}/ns/pid"}
-    second = sandbox.container("c2").init.pid
+    @classmethod
+    def make(cls, reaper: Reaper) -> FakePidNamespace:
+        return cls()
+
+    async def end(self) -> None:
+        self.ended = True
+
+
+async def pid_namespace_of(sandbox: Sandbox, tmp_path: Path, container_id: str, kind: str) -> dict[str, Any]:
+    """What a new container that shares the pod's pid namespace joins."""
+    request = container_request(container_id, "sleep", "1000")
+    request.sandbox_pidns = True
+    request.OCI.Annotations["io.kubernetes.cri.container-type"] = kind
+    await sandbox.create_container(request)
+    config = json.loads((tmp_path / f"bundles/{container_id}/config.json").read_text())
+    namespaces: list[dict[str, Any]] = config["linux"]["namespaces"]
+    return namespaces[-1]
+
+
+async def test_the_shared_pid_namespace_is_the_sandbox_containers(sandbox: Sandbox, tmp_path: Path) -> None:
+    pause = container_request("pause", "sleep", "1000")
+    pause.OCI.Annotations["io.kubernetes.cri.container-type"] = "sandbox"
+    await sandbox.create_container(pause)
+    first = sandbox.container("pause")
+    shared = {"type": "pid", "path": f"/proc/{first.init.pid}/ns/pid"}
+    assert await pid_namespace_of(sandbox, tmp_path, "c1", "container") == shared
+    sandbox.container("c1").signal("", signal.SIGKILL)
+    await sandbox.remove_container("c1", None)
+    assert await pid_namespace_of(sandbox, tmp_path, "c2", "container") == shared
     first.signal("", signal.SIGKILL)
     await first.init.wait()
-    assert await namespace_of("c3") == {"type": "pid", "path": f"/proc/{second}/ns/pid"}
+    with pytest.raises(StateConflict, match="sandbox container pause has ended"):
+        await pid_namespace_of(sandbox, tmp_path, "c3", "container")
+
+
+async def test_a_pod_without_a_sandbox_container_shares_a_pid_namespace_of_its_own(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guest_agent.pidns.PidNamespace", FakePidNamespace)
+    shared = {"type": "pid", "path": FakePidNamespace.path}
+    for container_id in ("c1", "c2"):
+        assert await pid_namespace_of(sandbox, tmp_path, container_id, "container") == shared
+    await sandbox.destroy()
+
+
+async def test_the_end_of_the_init_ends_the_rest_of_its_container(sandbox: Sandbox) -> None:
+    """In a shared pid namespace the kernel does not do it."""
+    container, other = await make(sandbox, "sleep", "1000"), await make(sandbox, "true", container_id="c2")
+    await container.start()
+    await container.exec("e", {"args": ["sleep", "1000"]})
+    container.init.signal(signal.SIGTERM)
+    assert await container.process("e").wait() == 137
+    assert other.state == CREATED
 
 
 async def test_destroying_removes_everything(sandbox: Sandbox, mounts: list[str]) -> None:
@@ -324,15 +424,102 @@ async def test_out_of_memory_is_reported_once_per_kill(sandbox: Sandbox, tmp_pat
     events = directory / "memory.events"
     events.write_text("oom 0\noom_kill 0\n")
     await make(sandbox, "sleep", "1000")
-    waiting = asyncio.create_task(sandbox.next_oom())
+    waiting = asyncio.create_task(sandbox.oom_reports.next())
     events.write_text("oom 1\noom_kill 0\n")
     events.write_text("oom 1\noom_kill 1\n")
     assert await waiting == "c1"
-    again = asyncio.create_task(sandbox.next_oom())
+    again = asyncio.create_task(sandbox.oom_reports.next())
     events.write_text("oom 2\noom_kill 1\n")
     events.write_text("oom 2\noom_kill 2\n")
     assert await again == "c1"
     events.unlink()
+
+
+@pytest.mark.parametrize("exec_id", ["", "e"])
+async def test_running_out_of_memory_is_told_before_the_exit(
+    sandbox: Sandbox, tmp_path: Path, exec_id: str
+) -> None:
+    """Whatever the watch on the file does: the exit of any process looks for itself."""
+    container = await make(sandbox, "sleep", "1000")
+    await container.start()
+    await container.exec("e", {"args": ["sleep", "1000"]})
+    told: list[str] = []
+
+    async def poll() -> None:
+        told.append(await sandbox.oom_reports.next())
+
+    async def wait() -> None:
+        told.append(str(await sandbox.wait("c1", exec_id)))
+
+    polling, waiting = asyncio.create_task(poll()), asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    directory = tmp_path / "cgroup/kata/c1"
+    directory.mkdir()
+    events = directory / "memory.events"
+    events.write_text("oom 1\noom_kill 1\n")
+    container.process(exec_id).signal(signal.SIGKILL)
+    await asyncio.gather(polling, waiting)
+    assert told == ["c1", "137"]
+    events.unlink()
+
+
+async def test_an_exit_waits_for_a_host_that_asks_again(sandbox: Sandbox, tmp_path: Path) -> None:
+    reports = sandbox.oom_reports
+    reports.add("before")
+    assert await reports.next() == "before"
+    reports.add("c1")
+    fetched = asyncio.create_task(reports.fetched("c1"))
+    await reports.fetched("other")
+    assert not fetched.done()
+    assert await reports.next() == "c1"
+    await fetched
+
+
+async def test_an_exit_does_not_wait_for_a_host_that_never_asks(sandbox: Sandbox) -> None:
+    sandbox.oom_reports.add("c1")
+    await sandbox.oom_reports.fetched("c1")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("string_user", {"uid": "nobody"}),
+        ("devices", [{"id": "02/01"}]),
+        ("shared_mounts", [{"name": "m"}]),
+        ("stdin_port", 5),
+        ("stdout_port", 5),
+        ("stderr_port", 5),
+    ],
+)
+async def test_what_is_not_supported_is_refused_by_name(sandbox: Sandbox, field: str, value: Any) -> None:
+    request = container_request("c1", "true")
+    request.MergeFrom(type(request)(**{field: value}))
+    with pytest.raises(NotSupported, match=f"container c1: {field} of CreateContainerRequest"):
+        await sandbox.create_container(request)
+
+
+async def test_fifty_failures_and_then_a_success(
+    sandbox: Sandbox, engine: FakeEngine, mounts: list[str], tmp_path: Path
+) -> None:
+    def group_of_a_failed_engine(container_id: str) -> None:
+        (tmp_path / f"cgroup/kata/{container_id}/inner").mkdir(parents=True)
+
+    engine.failing.add("create")
+    engine.on_create = group_of_a_failed_engine
+    fds = os.listdir("/proc/self/fd")
+    for number in range(50):
+        with pytest.raises(EngineFailed):
+            await make(sandbox, "true", container_id=f"c{number}")
+    assert len(os.listdir("/proc/self/fd")) == len(fds)
+    assert mounts == []
+    assert os.listdir(tmp_path / "bundles") == []
+    assert [path.name for path in (tmp_path / "cgroup/kata").iterdir() if path.is_dir()] == []
+    engine.failing.clear()
+    engine.on_create = None
+    container = await make(sandbox, "true", container_id="c0")
+    await container.start()
+    assert await container.init.wait() == 0
+    await sandbox.remove_container("c0", None)
 
 
 # What these stand on

@@ -111,11 +111,43 @@ def test_a_kernel_without_any_modules(loaded: Loaded, tmp_path: Path) -> None:
         none.load("virtio_pci")
 
 
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [
+        ({}, []),
+        ({"virtio0": "0x0013", "virtio1": "0x001a"}, []),
+        ({"virtio0": "0x0005"}, ["virtio_balloon"]),
+        ({"virtio0": "0x0018", "virtio1": "0x0004"}, ["virtio_mem", "virtio_rng"]),
+    ],
+    ids=str,
+)
+def test_drivers_of_devices_that_are_there(
+    loaded: Loaded, tmp_path: Path, types: dict[str, str], expected: list[str]
+) -> None:
+    names = ("virtio_rng", "virtio_balloon", "virtio_mem")
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    write(tmp_path, list="".join(f"{name} {tmp_path}/{name}\n" for name in names))
+    (tmp_path / "devices").mkdir()
+    for device, number in types.items():
+        (tmp_path / "devices" / device).mkdir()
+        (tmp_path / "devices" / device / "device").write_text(f"{number}\n")
+    found = modules.Modules(f"{tmp_path}/list", f"{tmp_path}/builtin")
+    found.load_for_devices(f"{tmp_path}/devices")
+    assert sorted(image.decode() for image, _ in loaded.calls) == sorted(expected)
+    found.load_for_devices(f"{tmp_path}/nothing")
+
+
 # The first steps of PID 1
 
 
-def test_the_first_steps_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("image", "first"), [(False, "root"), (True, "mount /tmp")])
+def test_the_first_steps_are_in_order(monkeypatch: pytest.MonkeyPatch, image: bool, first: str) -> None:
     steps: list[Any] = []
+    monkeypatch.setattr(init, "root_is_image", lambda: image)
+    monkeypatch.setattr(
+        "guest_agent.init.syscalls.mount", lambda source, target, *rest: steps.append(f"mount {target}")
+    )
     monkeypatch.setattr(init, "replace_root", lambda: steps.append("root"))
     monkeypatch.setattr(init, "mount_kernel_file_systems", lambda: steps.append("mounts"))
     monkeypatch.setattr(init, "read_settings", lambda: "settings")
@@ -125,13 +157,14 @@ def test_the_first_steps_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
             steps.append(name)
 
     assert init.boot(Recorder()) == "settings"  # type: ignore[arg-type,comparison-overlap]
-    assert steps == ["root", "mounts", "virtio_pci", "vmw_vsock_virtio_transport"]
+    assert steps == [first, "mounts", "virtio_pci", "vmw_vsock_virtio_transport"]
 
 
 # Specifications
 
 
 def prepared(config: dict[str, Any], pid_namespace: str = "") -> dict[str, Any]:
+    config.setdefault("process", {})
     namespaces.adapt(config, "c1", pid_namespace)
     linux: dict[str, Any] = config["linux"]
     return linux
@@ -160,25 +193,45 @@ def test_a_shared_pid_namespace_and_the_least_there_must_be() -> None:
     assert config["mounts"] == []
 
 
-def test_devices_are_denied_but_for_the_usual_and_the_specified() -> None:
-    devices = [
-        {"path": "/dev/x", "type": "c", "major": 10, "minor": 200},
-        {"path": "/dev/f", "type": "p", "major": 0, "minor": 0},
-        {"path": "/dev/u", "type": "u", "major": 11, "minor": 0},
-    ]
-    rules = prepared({"linux": {"devices": devices}})["resources"]["devices"]
-    assert rules[0] == {"allow": False, "access": "rwm"}
-    assert {"allow": True, "type": "c", "major": 1, "minor": 3, "access": "rwm"} in rules
-    assert {"allow": True, "type": "c", "major": 136, "access": "rwm"} in rules
-    assert rules[-2:] == [
-        {"allow": True, "type": "c", "major": 10, "minor": 200, "access": "rwm"},
-        {"allow": True, "type": "c", "major": 11, "minor": 0, "access": "rwm"},
-    ]
+def test_what_this_kernel_cannot_enforce_is_left_out_and_named(tmp_path: Path) -> None:
+    config: dict[str, Any] = {
+        "process": {"apparmorProfile": "cri-default", "selinuxLabel": "s0", "args": ["x"]},
+        "linux": {
+            "mountLabel": "m0",
+            "resources": {
+                "memory": {"limit": 5, "swappiness": 60},
+                "cpu": {"shares": 2, "realtimePeriod": 9},
+            },
+        },
+    }
+    assert namespaces.adapt(config, "c1", "", str(tmp_path)) == [
+        "apparmorProfile cri-default", "selinuxLabel s0", "memory.swappiness 60", "cpu.realtimePeriod 9",
+        "mountLabel m0",
+    ]  # fmt: skip
+    assert config["process"] == {"args": ["x"]}
+    assert "mountLabel" not in config["linux"]
+    resources = config["linux"]["resources"]
+    assert (resources["memory"], resources["cpu"]) == ({"limit": 5}, {"shares": 2})
 
 
-def test_device_rules_of_the_host_are_kept() -> None:
-    rules = [{"allow": True, "access": "rwm"}]
-    assert prepared({"linux": {"resources": {"devices": rules}}})["resources"]["devices"] == rules
+def test_profiles_and_labels_stay_where_the_kernel_has_the_module(tmp_path: Path) -> None:
+    write(
+        tmp_path, kernel__security__apparmor__profiles="q (complain)\np (enforce)\n", fs__selinux__enforce="1"
+    )
+    config: dict[str, Any] = {
+        "process": {"apparmorProfile": "p", "selinuxLabel": "s0"}, "linux": {"mountLabel": "m0"},
+    }  # fmt: skip
+    assert namespaces.adapt(config, "c1", "", str(tmp_path)) == []
+    assert config["process"] == {"apparmorProfile": "p", "selinuxLabel": "s0"}
+    assert config["linux"]["mountLabel"] == "m0"
+
+
+def test_limits_on_huge_pages_that_the_guest_does_not_have(tmp_path: Path) -> None:
+    (tmp_path / "kernel/mm/hugepages/hugepages-2048kB").mkdir(parents=True)
+    limits = [{"pageSize": size, "limit": 0} for size in ("2MB", "1GB", "64KB", "odd")]
+    config: dict[str, Any] = {"process": {}, "linux": {"resources": {"hugepageLimits": limits}}}
+    assert namespaces.adapt(config, "c1", "", str(tmp_path)) == []
+    assert config["linux"]["resources"]["hugepageLimits"] == limits[:1]
 
 
 def test_sysctls(tmp_path: Path) -> None:
@@ -203,12 +256,12 @@ def cgroup(tmp_path: Path) -> Cgroup:
         tmp_path / "kata" / "c1",
         **{
             "cpu.stat": "usage_usec 5\nuser_usec 3\nsystem_usec 2\nnr_periods 7\nnr_throttled 1\nthrottled_usec 9\n",
-            "memory.stat": "anon 10\nfile 20\nkernel 30\n",
+            "memory.stat": "anon 10\nfile 20\nkernel 30\ninactive_file 7\npgmajfault 8\n",
             "memory.events": "low 0\nmax 4\noom_kill 2\n",
             "memory.current": "100\n", "memory.peak": "150\n", "memory.max": "max\n",
             "memory.swap.current": "11\n", "memory.swap.max": "0\n",
             "pids.current": "3\n", "pids.max": "max\n",
-            "io.stat": "8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n",
+            "io.stat": "7:0 \n7:1 8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n254:16 rbytes=9 rios=1\n",
             "hugetlb.2MB.current": "6\n", "hugetlb.2MB.rsvd.current": "1\n", "hugetlb.2MB.events": "max 2\n",
             "cgroup.events": "populated 1\nfrozen 0\n",
         },
@@ -232,15 +285,23 @@ def test_statistics(cgroup: Cgroup) -> None:
     assert memory.usage.limit == memory.swap_usage.limit == 2**64 - 1
     assert memory.swap_usage.usage == 111
     assert dict(memory.stats) == {
-        "anon": 10, "file": 20, "kernel": 30, "events.low": 0, "events.max": 4, "events.oom_kill": 2,
+        "anon": 10, "file": 20, "kernel": 30, "inactive_file": 7, "pgmajfault": 8,
+        "hierarchical_memory_limit": 2**64 - 1, "events.low": 0, "events.max": 4, "events.oom_kill": 2,
     }  # fmt: skip
     assert (found.pids_stats.current, found.pids_stats.limit) == (3, 0)
     io = found.blkio_stats.io_service_bytes_recursive
     assert [(entry.major, entry.minor, entry.op, entry.value) for entry in io] == [
-        (8, 0, "Read", 1), (8, 0, "Write", 2), (8, 0, "Discard", 0),
+        (8, 0, "Read", 1), (8, 0, "Write", 2), (8, 0, "Discard", 0), (254, 16, "Read", 9),
     ]  # fmt: skip
-    assert [entry.value for entry in found.blkio_stats.io_serviced_recursive] == [3, 4, 0]
+    assert [entry.value for entry in found.blkio_stats.io_serviced_recursive] == [3, 4, 0, 1]
     assert (found.hugetlb_stats["2MB"].usage, found.hugetlb_stats["2MB"].failcnt) == (6, 2)
+
+
+def test_loopback_is_not_the_pods_network(cgroup: Cgroup) -> None:
+    names = [interface.name for interface in stats.network_stats()]
+    found = [interface.name for interface in stats.container_stats(cgroup).network_stats]
+    assert "lo" in names
+    assert found == [name for name in names if name != "lo"]
 
 
 def test_statistics_of_a_group_that_is_gone(tmp_path: Path) -> None:
@@ -284,7 +345,7 @@ def test_cgroup_verbs(cgroup: Cgroup, tmp_path: Path) -> None:
 
 def test_controllers_go_to_the_containers(tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "kata"):
-        write(directory, **{"cgroup.controllers": "memory cpu rdma pids\n"})
+        write(directory, **{"cgroup.controllers": "memory cpu rdma pids\n", "cgroup.subtree_control": ""})
     enable_controllers(str(tmp_path))
     for directory in (tmp_path, tmp_path / "kata"):
         assert (directory / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
@@ -355,6 +416,13 @@ def test_pieces_that_do_not_fit(base: Path, offset: int, size: int) -> None:
         files.copy(
             request(base, "f", file_mode=stat.S_IFREG, offset=offset, file_size=size, data=b"abc"), str(base)
         )
+
+
+@pytest.mark.parametrize("target", [b"", b"a\0b"])
+def test_links_to_nothing(base: Path, target: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="a symbolic link cannot point to"):
+        files.copy(request(base, "l", file_mode=stat.S_IFLNK | 0o777, data=target), str(base))
+    assert list(base.iterdir()) == []
 
 
 def test_other_kinds_of_files(base: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from agent_proto.gen import agent_pb2 as pb
 from guest_agent import mount, storage, syscalls
 from guest_agent.errors import InvalidRequest, NotSupported
-from guest_agent.storage import Storages, set_group
+from guest_agent.storage import SANDBOX_USER, Storages, set_group
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -106,7 +106,11 @@ class Mounts:
         self.now: list[str] = []
         self.seen: list[tuple[str, str, str, list[str]]] = []
         monkeypatch.setattr(storage, "mount", self.mount)
-        monkeypatch.setattr(storage, "unmount", self.now.remove)
+        monkeypatch.setattr(storage, "unmount", self.unmount)
+
+    def unmount(self, target: str) -> None:
+        if target in self.now:
+            self.now.remove(target)
 
     def mount(self, source: str, target: str, fstype: str, options: Iterable[str] = ()) -> None:
         if source == "broken":
@@ -131,18 +135,24 @@ def ephemeral(path: Path, *options: str, source: str = "tmpfs") -> pb.Storage:
     )
 
 
-def test_virtiofs_loads_its_module(mounts: Mounts, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("driver", "fstype", "loaded"),
+    [("virtio-fs", "virtiofs", ["virtiofs"]), ("9p", "9p", ["9pnet_virtio", "9p"])],
+)
+def test_shared_file_systems_load_their_modules(
+    mounts: Mounts, tmp_path: Path, driver: str, fstype: str, loaded: list[str]
+) -> None:
     modules = FakeModules()
     shared = pb.Storage(
-        driver="virtio-fs",
+        driver=driver,
         source="kataShared",
-        fstype="virtiofs",
+        fstype=fstype,
         mount_point=f"{tmp_path}/s/",
         options=["nodev"],
     )
     Storages(modules).add([shared], "sb")  # type: ignore[arg-type]
-    assert modules.loaded == ["virtiofs"]
-    assert mounts.seen == [("kataShared", f"{tmp_path}/s/", "virtiofs", ["nodev"])]
+    assert modules.loaded == loaded
+    assert mounts.seen == [("kataShared", f"{tmp_path}/s/", fstype, ["nodev"])]
 
 
 def test_a_storage_stays_while_anybody_uses_it(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
@@ -172,12 +182,71 @@ def test_all_or_nothing(mounts: Mounts, storages: Storages, tmp_path: Path) -> N
     assert mounts.now == []
 
 
+def test_mount_points_go_as_they_came(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    bind = pb.Storage(driver="bind", source=f"{tmp_path}/file", fstype="bind", mount_point=f"{tmp_path}/made")
+    storages.add([ephemeral(tmp_path / "there"), ephemeral(tmp_path / "new"), bind], "c")
+    storages.release("c")
+    assert sorted(os.listdir(tmp_path)) == ["file", "there"]
+    broken = [ephemeral(tmp_path / "new"), ephemeral(tmp_path / "bad", source="broken")]
+    with pytest.raises(OSError, match="Input/output"):
+        storages.add(broken, "c")
+    assert sorted(os.listdir(tmp_path)) == ["file", "there"]
+
+
+def test_what_a_container_left_in_a_volume_that_is_no_mount_is_kept(
+    mounts: Mounts, storages: Storages, tmp_path: Path
+) -> None:
+    storages.add([ephemeral(tmp_path / "v")], "c")
+    (tmp_path / "v/precious").touch()
+    storages.release("c")
+    assert (tmp_path / "v/precious").exists()
+
+
+def test_a_shared_storage_is_the_sandboxs(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
+    storages.add([ephemeral(tmp_path / "v")], "c1")
+    shared = ephemeral(tmp_path / "s")
+    shared.shared = True
+    storages.add([shared], "c1")
+    storages.release("c1")
+    storages.add([shared], "c2")
+    assert mounts.now == [f"{tmp_path}/s"]
+    storages.release("c2")
+    storages.release(SANDBOX_USER)
+    assert mounts.now == []
+
+
+def test_a_bind_that_cannot_be_restricted_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now: list[str] = []
+
+    def fail_to_remount(source: str, target: str, fstype: str, flags: int = 0, data: str = "") -> None:
+        if flags & syscalls.MS_REMOUNT:
+            raise OSError(1, "Operation not permitted", target)
+        now.append(target)
+
+    monkeypatch.setattr(syscalls, "mount", fail_to_remount)
+    monkeypatch.setattr(syscalls, "umount", lambda target, flags: now.remove(target))
+    with pytest.raises(OSError, match="not permitted"):
+        mount.mount("/a", "/b", "bind", ["ro"])
+    assert now == []
+
+
 def test_ephemeral_options_are_applied(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
     storages.add([ephemeral(tmp_path / "e", "size=64k", f"fsgid={os.getgid()}")], "a")
     assert mounts.seen[0][3] == ["size=64k"]
     assert (tmp_path / "e").stat().st_mode & 0o7777 == 0o2775
     storages.remount(ephemeral(tmp_path / "e", "size=128k", "fsgid=5"))
     assert mounts.seen[1][3] == ["remount", "size=128k"]
+
+
+def test_a_storage_whose_group_cannot_be_set_is_not_left_mounted(
+    mounts: Mounts, storages: Storages, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidRequest, match="'users' is not a number"):
+        storages.add([ephemeral(tmp_path / "e", "fsgid=users")], "a")
+    assert mounts.now == []
+    assert not (tmp_path / "e").exists()
 
 
 def test_local_directories(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from agent_proto import services
 from agent_proto.client import AgentClient
 from agent_proto.gen import agent_pb2 as pb
-from agent_proto.gen import health_pb2
+from agent_proto.gen import health_pb2, kata_py_agent_pb2, oci_pb2
 from guest_agent import errors, rpc
 from guest_agent.cmdline import Settings
 from guest_agent.log import Log
@@ -25,6 +25,7 @@ from ttrpc import Call, Client, Code, RpcError, Server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from guest_agent.sandbox import Sandbox
 
@@ -39,6 +40,7 @@ async def client(service: AgentService) -> AsyncIterator[Client]:
     server = Server(status_for)
     server.register(rpc.agent(), service.handlers())
     server.register(rpc.health(), service.health_handlers())
+    server.register(rpc.extensions(), service.extension_handlers())
     ours, theirs = socket.socketpair()
     serving = asyncio.create_task(server.serve_connection(theirs))
     client = Client.from_socket(ours)
@@ -53,7 +55,11 @@ def agent(client: Client) -> AgentClient:
 
 
 def test_the_services_are_those_of_the_protocol() -> None:
-    for ours, described in ((rpc.agent(), services.AGENT), (rpc.health(), services.HEALTH)):
+    for ours, described in (
+        (rpc.agent(), services.AGENT),
+        (rpc.health(), services.HEALTH),
+        (rpc.extensions(), services.EXTENSIONS),
+    ):
         assert ours.name == described.name
         assert {(name, method.request, method.response) for name, method in ours.methods.items()} == {
             (name, method.request, method.response) for name, method in described.methods.items()
@@ -89,6 +95,64 @@ async def test_a_container_through_the_protocol(agent: AgentClient) -> None:
     for _ in range(2):
         assert (await agent.wait_process(pb.WaitProcessRequest(container_id="c1"))).status == 4
     await agent.remove_container(pb.RemoveContainerRequest(container_id="c1", timeout=10))
+
+
+async def test_processes_carry_the_exec_ids_of_their_execs(
+    agent: AgentClient, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    await agent.create_container(container_request("c1", "sleep", "1000"))
+    await agent.start_container(pb.StartContainerRequest(container_id="c1"))
+    for exec_id, args in (("long", ["sleep", "1000"]), ("short", ["true"])):
+        process = oci_pb2.Process(Args=args, Cwd="/", User=oci_pb2.User())
+        await agent.exec_process(pb.ExecProcessRequest(container_id="c1", exec_id=exec_id, process=process))
+    await agent.wait_process(pb.WaitProcessRequest(container_id="c1", exec_id="short"))
+    container = sandbox.container("c1")
+    init, long, short = container.init.pid, container.process("long").pid, container.process("short").pid
+    (tmp_path / "cgroup/kata/c1").mkdir()
+    procs = tmp_path / "cgroup/kata/c1/cgroup.procs"
+    # A pid that belonged to an exec which has ended may be anybody's by now.
+    procs.write_text(f"{init}\n{long}\n{short}\n")
+    answer = await agent.list_processes(kata_py_agent_pb2.ListProcessesRequest(container_id="c1"))
+    assert [(process.pid, process.exec_id) for process in answer.processes] == [
+        (init, ""), (long, "long"), (short, ""),
+    ]  # fmt: skip
+
+    procs.write_text(f"{init}\n{long}\n")
+    await agent.signal_container(kata_py_agent_pb2.SignalContainerRequest(container_id="c1", signal=15))
+    for exec_id in ("", "long"):
+        answered = await agent.wait_process(pb.WaitProcessRequest(container_id="c1", exec_id=exec_id))
+        assert answered.status == 143
+    procs.unlink()
+
+
+async def test_out_of_memory_is_answered_before_the_exit(
+    agent: AgentClient, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    await agent.create_container(container_request("c1", "sleep", "1000"))
+    await agent.start_container(pb.StartContainerRequest(container_id="c1"))
+    answers: list[str] = []
+
+    async def poll() -> None:
+        answers.append((await agent.get_oom_event(pb.GetOOMEventRequest())).container_id)
+
+    async def wait() -> None:
+        answers.append(str((await agent.wait_process(pb.WaitProcessRequest(container_id="c1"))).status))
+
+    waiting, polling = asyncio.create_task(wait()), asyncio.create_task(poll())
+    await agent.check(health_pb2.CheckRequest())  # both calls have arrived
+    (tmp_path / "cgroup/kata/c1").mkdir()
+    events = tmp_path / "cgroup/kata/c1/memory.events"
+    events.write_text("oom_kill 1\n")
+    sandbox.container("c1").init.signal(9)
+    await asyncio.gather(waiting, polling)
+    assert answers == ["c1", "137"]
+    events.unlink()
+
+
+async def test_the_extensions_are_announced(agent: AgentClient) -> None:
+    details = await agent.get_guest_details(pb.GuestDetailsRequest())
+    assert services.EXTENSIONS_FEATURE == "kata_py.agent.v1"
+    assert services.EXTENSIONS_FEATURE in details.agent_details.extra_features
 
 
 async def test_long_polls_do_not_hold_up_others(agent: AgentClient) -> None:
@@ -150,6 +214,24 @@ async def test_work_goes_on_when_the_host_goes_away(
             Code.INVALID_ARGUMENT,
             "container id",
         ),
+        (
+            "list_processes",
+            kata_py_agent_pb2.ListProcessesRequest(container_id="x"),
+            Code.NOT_FOUND,
+            "no container 'x'",
+        ),
+        (
+            "signal_container",
+            kata_py_agent_pb2.SignalContainerRequest(container_id="x", signal=9),
+            Code.NOT_FOUND,
+            "no container 'x'",
+        ),
+        (
+            "signal_container",
+            kata_py_agent_pb2.SignalContainerRequest(container_id="x", signal=65),
+            Code.INVALID_ARGUMENT,
+            "65 is no signal",
+        ),
         ("copy_file", pb.CopyFileRequest(path="/etc/x"), Code.INVALID_ARGUMENT, "not a path below"),
         ("get_diagnostic_data", pb.GetDiagnosticDataRequest(log_type="x"), Code.UNIMPLEMENTED, "of type 'x'"),
         ("get_volume_stats", pb.VolumeStatsRequest(volume_guest_path="/none"), Code.NOT_FOUND, "/none"),
@@ -160,6 +242,72 @@ async def test_refusals(agent: AgentClient, method: str, request_: Any, code: Co
         await getattr(agent, method)(request_)
     assert caught.value.code == code
     assert "\n" not in caught.value.message
+
+
+def with_nul(what: str) -> pb.CreateContainerRequest:
+    request = container_request("c1", "true")
+    if what == "root":
+        request.OCI.Root.Path = "/a\0b"
+    elif what == "sysctl":
+        request.OCI.Linux.Sysctl["net.a\0b"] = "1"
+    else:
+        request.storages.add(driver="local", mount_point="/a\\\0b")
+    return request
+
+
+@pytest.mark.parametrize("what", ["root", "sysctl", "storage"])
+async def test_texts_with_nul_are_refused(agent: AgentClient, what: str) -> None:
+    with pytest.raises(RpcError, match="CreateContainerRequest: a text in it has a NUL character") as caught:
+        await agent.create_container(with_nul(what))
+    assert caught.value.code == Code.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("create_sandbox", pb.CreateSandboxRequest(storages=[pb.Storage(driver="local", mount_point="/\0")])),
+        ("get_volume_stats", pb.VolumeStatsRequest(volume_guest_path="/\0")),
+        (
+            "exec_process",
+            pb.ExecProcessRequest(container_id="c", process=oci_pb2.Process(Args=["a", "\0"])),
+        ),
+        (
+            "update_container",
+            pb.UpdateContainerRequest(
+                container_id="c", resources=oci_pb2.LinuxResources(Unified={"memory.\0": "1"})
+            ),
+        ),
+        (
+            "update_ephemeral_mounts",
+            pb.UpdateEphemeralMountsRequest(storages=[pb.Storage(driver="ephemeral", options=["\0"])]),
+        ),
+        ("copy_file", pb.CopyFileRequest(path="/run/kata-containers/shared/containers/\0")),
+    ],
+)
+async def test_nul_is_no_internal_error(agent: AgentClient, method: str, request_: Any) -> None:
+    with pytest.raises(RpcError) as caught:
+        await getattr(agent, method)(request_)
+    assert caught.value.code == Code.INVALID_ARGUMENT
+
+
+async def test_a_backslash_before_zeros_is_no_nul(agent: AgentClient) -> None:
+    await agent.create_container(container_request("c1", "echo", "\\000", "\\\\000"))
+    await agent.remove_container(pb.RemoveContainerRequest(container_id="c1"))
+
+
+@pytest.mark.parametrize(
+    "linux",
+    [
+        oci_pb2.Linux(Namespaces=[oci_pb2.LinuxNamespace()]),
+        oci_pb2.Linux(Devices=[oci_pb2.LinuxDevice()]),
+        oci_pb2.Linux(Resources=oci_pb2.LinuxResources(HugepageLimits=[oci_pb2.LinuxHugepageLimit(Limit=1)])),
+    ],
+)
+async def test_what_has_no_name_is_the_engines_business(agent: AgentClient, linux: oci_pb2.Linux) -> None:
+    request = container_request("c1", "true")
+    request.OCI.Linux.CopyFrom(linux)
+    await agent.create_container(request)
+    await agent.remove_container(pb.RemoveContainerRequest(container_id="c1"))
 
 
 async def test_a_terminal_is_needed_to_be_resized(agent: AgentClient) -> None:

@@ -11,6 +11,7 @@ import pytest
 from guest_image import ImageError, Manifest, build
 from guest_image import build as build_function
 from guest_image.apt import Apt, Package
+from guest_image.errors import ToolFailed
 
 MODULE = sys.modules["guest_image.build"]
 
@@ -94,10 +95,34 @@ def test_a_cut_file_is_made_again(built: Path) -> None:
         build(built, progress=lambda line: None)
 
 
-@pytest.mark.parametrize("changes", [{"suite": "sid"}, {"arch": "arm64"}])
-def test_other_options_make_another_image(built: Path, changes: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"suite": "sid"}, {"arch": "arm64"}, {"image": "ext4"}, {"image": "erofs", "verity": True}]
+)
+def test_other_options_make_another_image(built: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(Rebuilt):
         build(built, progress=lambda line: None, **changes)
+
+
+@pytest.mark.parametrize(
+    ("image", "verity", "kept"),
+    [("erofs", True, True), ("erofs", False, False), ("ext4", True, False), (None, False, False)],
+)
+def test_a_root_image_is_kept_for_the_same_options(built: Path, image: Any, verity: bool, kept: bool) -> None:
+    (built / "rootfs.img").write_bytes(b"12")
+    (built / "image-initrd.img").write_bytes(b"1")
+    parts = {"image_bytes": 2, "image_initrd_bytes": 1, "kernel_verity_params": "root_hash=00"}
+    inputs = MODULE._inputs_digest("amd64", None)
+    known = manifest(inputs_sha256=inputs, rootfs_type="erofs", **parts)
+    (built / "manifest.json").write_text(known.to_json())
+    if not kept:
+        with pytest.raises(Rebuilt):
+            build(built, progress=lambda line: None, image=image, verity=verity)
+        return
+    assert build(built, progress=lambda line: None, image=image, verity=verity) == known
+    assert "root image 0.0 MB, erofs, checked with dm-verity: root_hash=00" in str(known)
+    (built / "rootfs.img").write_bytes(b"1")
+    with pytest.raises(Rebuilt):
+        build(built, progress=lambda line: None, image=image, verity=verity)
 
 
 def test_changed_sources_make_another_image(
@@ -197,6 +222,30 @@ def test_lists_are_fetched_once(fake_apt: FakeApt, tmp_path: Path) -> None:
     assert said == ["fetching package lists"]
     assert sum("update" in command for command in fake_apt.commands) == 1
     assert (tmp_path / "suite.list").read_text().split()[2:] == ["http://x/debian", "sid", "main"]
+
+
+def test_mirror_is_known_before_the_machine_has_fetched_any_lists(fake_apt: FakeApt, tmp_path: Path) -> None:
+    Apt(tmp_path, arch="amd64", suite="sid").refresh(lambda line: None)
+    (command,) = [command for command in fake_apt.commands if "indextargets" in command]
+    assert "--no-release-info" in command  # with it apt lists only what it has
+    assert not any("Created-By" in word for word in command)  # and with a filter
+
+
+def test_mirror_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(argv: list[str], **options: object) -> bytes:
+        if "update" not in argv:
+            return b""
+        # Otherwise apt warns of it and succeeds.
+        assert "APT::Update::Error-Mode=any" in argv
+        raise ToolFailed(
+            "apt-get -o a -o b ...", ("E: Failed to fetch http://m/InRelease", "E: Some index files ...")
+        )
+
+    monkeypatch.setattr("guest_image.apt.run", fail)
+    for _ in range(2):  # nothing remembers it as done
+        with pytest.raises(ImageError) as caught:
+            Apt(tmp_path, arch="amd64", suite="sid").refresh(lambda line: None)
+        assert str(caught.value) == "no package lists: E: Failed to fetch http://m/InRelease"
 
 
 def test_the_command_line_reports_errors_in_one_line(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def test_compressed_modules_are_unpacked(modules: kernel.ModuleDirectory) -> Non
 def test_an_unknown_module(modules: kernel.ModuleDirectory) -> None:
     with pytest.raises(ImageError, match=r"kernel 6\.1\.0-test has no module nonsense"):
         modules.closure(["nonsense"])
+    assert [modules.has_file(name) for name in ("top", "inside", "nonsense")] == [True, False, False]
 
 
 def test_signatures_are_cut_off(modules: kernel.ModuleDirectory, tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ def serve(peer: socket.socket) -> None:
         elif command == "query-status":
             reply = {"status": status}
         peer.sendall(json.dumps({"return": reply, "id": message.get("id")}).encode() + b"\r\n")
+        if command == "qmp_capabilities" and behaviour == "shuts":
+            words = {"guest": True, "reason": "guest-shutdown"}
+            event = {"event": "SHUTDOWN", "data": words, "timestamp": {"seconds": 1, "microseconds": 2}}
+            peer.sendall(json.dumps(event).encode() + b"\r\n")
 
 
 def main() -> None:
@@ -61,6 +65,9 @@ def main() -> None:
         console.sendall(
             b"[    1.0] Run /init as init process\r\n[    1.1] Kernel panic - not syncing: no init\r\n"
         )
+        sys.exit(0)
+    if behaviour == "gives up":
+        console.sendall(b"guest image: cannot mount\r\n[    1.1] reboot: Restarting system\r\n")
         sys.exit(0)
     if behaviour == "floods":
         console.sendall(b"".join(b"line %d\n" % n for n in range(100_000)) + b"end\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 from typing import TYPE_CHECKING
 
 import pytest
@@ -125,3 +127,12 @@ def test_tsc_rate_is_told_only_when_certain(
     if cpufreq:
         (tmp_path / "sys/devices/system/cpu/cpu0/cpufreq").mkdir(parents=True)
     assert Host(root=tmp_path).tsc_khz() == khz
+
+
+@pytest.mark.parametrize(
+    ("error", "has"), [(errno.EFAULT, True), (errno.EPERM, False), (errno.ENOSYS, False)]
+)
+def test_io_uring_is_asked_for(monkeypatch: pytest.MonkeyPatch, error: int, has: bool) -> None:
+    """The kernel, an administrator or a seccomp filter answers; the call itself does nothing in any case."""
+    monkeypatch.setattr(ctypes, "get_errno", lambda: error)
+    assert Host().has_io_uring() is has

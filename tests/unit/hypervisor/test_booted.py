@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from hypervisor.console import TAIL_LINES
 from hypervisor.errors import BootFailed, InvalidSpec, ProgramNotFound, QmpUnavailable
 from hypervisor.process import ProcessExit
 from hypervisor.qemu.machine import Machine, booted
@@ -102,6 +103,19 @@ async def test_leftovers_of_a_crash_are_no_obstacle(spec: Callable[..., VmSpec],
     assert (tmp_path / "run/console.log").read_text() == ""
 
 
+@pytest.mark.parametrize("taken", ["console.log", "qmp.sock"])
+async def test_run_folder_that_cannot_be_filled(
+    spec: Callable[..., VmSpec], tmp_path: Path, taken: str
+) -> None:
+    (tmp_path / "run" / taken / "folder").mkdir(parents=True)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(IsADirectoryError) as failed:  # which keeps alive what its frames have
+        async with booted(spec("works")):
+            pytest.fail("it started")
+    assert os.listdir("/proc/self/fd") == before
+    assert taken in str(failed.value)
+
+
 async def test_progress_is_what_the_console_says(spec: Callable[..., VmSpec]) -> None:
     async with booted(spec("works")) as machine:
         assert machine.last_progress() < machine.timings["spawned"]
@@ -135,6 +149,11 @@ async def test_a_guest_that_panics_before_the_handshake(spec: Callable[..., VmSp
     error = await failing(spec("panics"))
     assert "QEMU ended with exit status 0: [    1.1] Kernel panic - not syncing: no init" in str(error)
     assert error.console_tail[0] == "[    1.0] Run /init as init process"
+
+
+async def test_the_kernels_farewell_is_not_the_reason(spec: Callable[..., VmSpec]) -> None:
+    error = await failing(spec("gives up"))
+    assert "QEMU ended with exit status 0: guest image: cannot mount; " in str(error)
 
 
 async def test_a_monitor_that_never_answers(spec: Callable[..., VmSpec], tmp_path: Path) -> None:
@@ -172,11 +191,11 @@ async def test_a_console_that_floods(spec: Callable[..., VmSpec], tmp_path: Path
         async with asyncio.timeout(10):
             while machine.console_tail()[-1:] != ["end"]:
                 await asyncio.sleep(0.005)
-        assert len(machine.console_tail()) == 50
+        assert len(machine.console_tail()) == TAIL_LINES
     assert sum(file.stat().st_size for file in (tmp_path / "run").iterdir()) <= 1 << 20
 
 
-@pytest.mark.parametrize("key", ["kernel", "initrd", "image"])
+@pytest.mark.parametrize("key", ["kernel", "initrd", "image", "image_initrd"])
 async def test_missing_files_are_named(spec: Callable[..., VmSpec], tmp_path: Path, key: str) -> None:
     error = await failing(spec("works", **{key: tmp_path / "nowhere"}))
     assert f"there is no {key} at {tmp_path}/nowhere" in str(error)
@@ -240,3 +259,16 @@ async def test_being_cancelled_while_starting_leaves_nothing(
         await task
     assert os.listdir(tmp_path / "run") == ["console.log"]
     assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_a_guest_that_shuts_down_is_the_end_also_where_qemu_would_wait(
+    spec: Callable[..., VmSpec], tmp_path: Path, kept: bool
+) -> None:
+    """The fake QEMU waits always; a real one does so when memory shall be saved."""
+    async with booted(spec("shuts", dump_dir=tmp_path / "crash" if kept else None)) as machine:
+        if kept:
+            assert await asyncio.wait_for(asyncio.shield(machine.exited), 5) == ProcessExit(None, 9)
+        else:
+            assert await machine.monitor.query_status() == "running"
+    assert not (tmp_path / "crash").exists()

@@ -6,7 +6,7 @@ import asyncio
 import socket
 from typing import TYPE_CHECKING
 
-from hypervisor.console import Console
+from hypervisor.console import TAIL_LINES, Console
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,11 +35,17 @@ async def test_a_little(tmp_path: Path) -> None:
     assert (tmp_path / "console.log").stat().st_mode & 0o777 == 0o600
 
 
+async def test_a_panic_and_all_that_follows_it(tmp_path: Path) -> None:
+    trace = b"".join(b"[    6.1] R%d: 0000000000000000\n" % n for n in range(120))
+    console = await wrote(b"Kernel panic - not syncing\n" + trace, tmp_path / "console.log", 1 << 20)
+    assert console.tail()[0] == "Kernel panic - not syncing"
+
+
 async def test_a_flood_fills_neither_memory_nor_disk(tmp_path: Path) -> None:
     limit = 200_000
     flood = b"".join(b"line %d\n" % n for n in range(200_000))
     console = await wrote(flood, tmp_path / "console.log", limit)
-    assert console.tail() == [f"line {n}" for n in range(199_950, 200_000)]
+    assert console.tail() == [f"line {n}" for n in range(200_000 - TAIL_LINES, 200_000)]
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == ["console.log", "console.log.1"]
     assert sum(file.stat().st_size for file in files) <= limit

@@ -8,34 +8,67 @@ from __future__ import annotations
 
 import os
 import tomllib
+from base64 import b64encode
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hypervisor.extension import Extension
+from hypervisor.protection import Protection, SecureExecution, Snp, Tdx
 from hypervisor.qemu.cmdline import Fds, build_cmdline
-from hypervisor.spec import QmpTimeouts, Share, VmSpec
+from hypervisor.qemu.nic import NicFds
+from hypervisor.spec import Export, Nic, QmpTimeouts, Share, VmSpec
+from hypervisor.verity import Verity
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qemu"
 CASES = sorted(GOLDEN.glob("*/*.toml"))
-PATHS = {"run_dir", "qemu_path", "kernel", "initrd", "image", "firmware", "netns", "directory", "daemon"}
+PATHS = {
+    *("run_dir", "qemu_path", "kernel", "initrd", "image", "firmware", "netns", "directory", "daemon"),
+    *("memory_dir", "pflash", "image_initrd", "initdata", "entropy_source", "dump_dir"),
+}
 
 
 def typed(table: dict[str, Any]) -> dict[str, Any]:
     def value(key: str, raw: Any) -> Any:
-        if key in PATHS:
-            return Path(raw)
+        if key in PATHS and not isinstance(raw, int):  # the descriptor of a file has its name
+            return tuple(map(Path, raw)) if isinstance(raw, list) else Path(raw)
         return tuple(raw) if isinstance(raw, list) else raw
 
     return {key: value(key, raw) for key, raw in table.items()}
 
 
+def protection(table: dict[str, Any]) -> Protection:
+    """From a table with the kind, the fields, `measured` in hexadecimal, and of what is too long to read its size."""
+    kind = {"tdx": Tdx, "snp": Snp, "se": SecureExecution}[table.pop("kind")]
+    if "measured" in table:
+        table["measured"] = bytes.fromhex(table["measured"])
+    if isinstance(table.get("quote_socket"), str):
+        table["quote_socket"] = Path(table["quote_socket"])
+    for name in ("id_block", "id_auth"):
+        if size := table.pop(f"{name}_bytes", None):
+            table[name] = b64encode(bytes(size)).decode()
+    made: Protection = kind(**table)
+    return made
+
+
 def read_case(path: Path) -> tuple[VmSpec, Fds]:
     table = tomllib.loads(path.read_text())
-    fds = Fds(**typed(table.pop("fds")))
+    numbers = table.pop("fds")
+    nic_fds = tuple(NicFds(**typed(nic)) for nic in numbers.pop("nics", []))
+    fds = Fds(**typed(numbers), nics=nic_fds)
     shares = tuple(Share(**typed(share)) for share in table.pop("shares", []))
-    return VmSpec(**{**typed(table), "arch": path.parent.name, "shares": shares}), fds
+    exports = tuple(Export(**typed(export)) for export in table.pop("exports", []))
+    nics = tuple(Nic(**nic) for nic in table.pop("nics", []))
+    verity = Verity(**table.pop("verity")) if "verity" in table else None
+    protected = protection(table.pop("protection")) if "protection" in table else None
+    extensions = tuple(Extension(**typed(extension)) for extension in table.pop("extensions", []))
+    parts: dict[str, Any] = {
+        "extensions": extensions, "exports": exports, "nics": nics,
+        "arch": path.parent.name, "shares": shares, "verity": verity, "protection": protected,
+    }  # fmt: skip
+    return VmSpec(**typed(table), **parts), fds
 
 
 def one_option_per_line(argv: list[str]) -> str:
@@ -64,7 +97,7 @@ def test_argv_is_as_reviewed(case: Path) -> None:
 
 def test_every_field_of_the_specification_is_in_some_case() -> None:
     """A new field without a golden case is a field nobody has seen on the command line."""
-    never_on_it = {"arch", "run_dir", "netns", "qmp"}
+    never_on_it = {"arch", "run_dir", "netns", "qmp", "user", "selinux_label"}
     seen = {key for case in CASES for key in tomllib.loads(case.read_text())}
     assert {field.name for field in fields(VmSpec)} - never_on_it <= seen
 

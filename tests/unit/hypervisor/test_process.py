@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import select
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from hypervisor.errors import HostUnsupported, ProgramNotFound
 from hypervisor.process import Process, ProcessExit, spawned
+from hypervisor.rootless import User
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -227,32 +229,54 @@ async def test_not_a_network_namespace() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="entering a namespace needs root")
-async def test_network_namespace() -> None:
-    show = "import os; print(os.readlink('/proc/self/ns/net'), flush=True); input()"
+@pytest.mark.parametrize("user", [None, User(uid=12345, gid=12345)], ids=["as us", "as another user"])
+async def test_network_namespace(user: User | None) -> None:
+    show = ["readlink", "/proc/self/ns/net"]
     read, write = os.pipe()
     with open(write, "w"), open(read):
         holder_argv = ["unshare", "--net", "sh", "-c", "readlink /proc/self/ns/net; exec sleep 1000"]
         async with spawned(holder_argv) as holder:
             (theirs,) = await said(holder)
-            async with spawned(python(show), netns=Path(f"/proc/{holder.pid}/ns/net")) as process:
+            async with spawned(show, netns=Path(f"/proc/{holder.pid}/ns/net"), user=user) as process:
                 await process.wait()
     assert process.output_tail()[0] == theirs
     assert theirs != os.readlink("/proc/self/ns/net")
 
 
+async def test_a_program_that_cannot_be_watched_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int, flags: int = 0) -> int:
+        refused.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    refused: list[int] = []
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pidfd_open", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            async with spawned(SLEEP):
+                pass
+    assert [gone(pid) for pid in refused] == [True]
+    assert os.listdir("/proc/self/fd") == before
+
+
 KEEPER = """
 import asyncio, sys
 from hypervisor.process import spawned
+from hypervisor.rootless import User
+user = User(uid=int(sys.argv[1]), gid=12345) if sys.argv[1:] else None
 async def main():
-    async with spawned(["sleep", "1000"]) as process:
+    async with spawned(["sleep", "1000"], user=user) as process:
         print(process.pid, file=sys.stderr, flush=True)
         await process.wait()
 asyncio.run(main())
 """
 
 
-def test_a_program_dies_when_we_are_killed() -> None:
-    argv = [sys.executable, "-c", KEEPER]
+@pytest.mark.parametrize("user", [[], ["12345"]], ids=["as us", "as another user"])
+def test_a_program_dies_when_we_are_killed(user: list[str]) -> None:
+    if user and os.geteuid() != 0:
+        pytest.skip("only root starts programs as others")
+    argv = [sys.executable, "-c", KEEPER, *user]
     with subprocess.Popen(
         argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as keeper:
@@ -268,7 +292,7 @@ def test_a_program_dies_when_we_are_killed() -> None:
 
 
 def test_a_child_whose_parent_is_already_gone_does_not_start() -> None:
-    code = "from hypervisor.process import _child_setup; _child_setup({parent}, None)(); print('started')"
+    code = "from hypervisor.process import _child_setup; _child_setup({parent}, (), {{}})(); print('started')"
 
     def start(parent: str) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "-c", "import os; " + code.format(parent=parent)]
@@ -277,3 +301,74 @@ def test_a_child_whose_parent_is_already_gone_does_not_start() -> None:
     alive, orphaned = start("os.getppid()"), start("os.getppid() + 1")
     assert (alive.returncode, alive.stdout) == (0, "started\n")
     assert (orphaned.returncode, orphaned.stdout) == (1, "")
+
+
+async def test_descriptors_by_the_numbers_that_the_program_expects() -> None:
+    """Also when one of ours already has a number that another of them shall get."""
+    first, second = os.memfd_create("first"), os.memfd_create("second")
+    try:
+        low = min(first, second)
+        names = "(os.readlink(f'/proc/self/fd/{n}').split()[0] for n in (3, 4, 5))"
+        code = f"import os; print(*{names}, os.environ['WORD'])"
+        given = {3: second, 4: first, 5: low}
+        async with spawned(python(code), renumbered=given, environment={"WORD": "told"}) as process:
+            await process.wait()
+        assert process.output_tail() == ["/memfd:second /memfd:first /memfd:first told"]
+    finally:
+        os.close(first)
+        os.close(second)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs capabilities to keep")
+@pytest.mark.parametrize("keeps", [True, False])
+async def test_capabilities_of_another_user(keeps: bool) -> None:
+    code = (
+        "import os; os.setresuid(-1, 1000, -1); "
+        "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('CapEff')))"
+    )
+    async with spawned(python(code), keep_capabilities=keeps) as process:
+        await process.wait()
+    assert (int(process.output_tail()[0], 16) != 0) is keeps
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root starts programs as others")
+@pytest.mark.parametrize("groups", [(), (77, 78)])
+async def test_a_program_as_another_user_can_do_nothing_more(groups: tuple[int, ...]) -> None:
+    user = User(uid=1879048193, gid=1879048194, groups=groups)
+    wanted = "^(Uid|Gid|Groups|Cap[A-Z]..|NoNewPrivs):"
+    async with spawned(["grep", "-E", wanted, "/proc/self/status"], user=user) as process:
+        assert await process.wait() == ProcessExit(0, None)
+    parts = (line.partition(":") for line in process.output_tail())
+    status = {name: value.strip() for name, _, value in parts}
+    assert status["Uid"].split() == ["1879048193"] * 4
+    assert status["Gid"].split() == ["1879048194"] * 4
+    assert status["Groups"].split() == [str(group) for group in groups]
+    assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+    assert status["NoNewPrivs"] == "1"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root starts programs as others")
+async def test_a_user_that_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*ids: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "setresuid", refuse)
+    words = "cannot run true as user 7: Invalid argument; the shim has to be root of the host"
+    with pytest.raises(HostUnsupported, match=words):
+        async with spawned(["true"], user=User(uid=7, gid=7)):
+            pass
+
+
+async def test_the_label_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without SELinux the kernel's file for it refuses; a file of ours shows what would be written."""
+    file = tmp_path / "exec"
+    file.touch()
+    monkeypatch.setattr("hypervisor.process._NEXT_LABEL", str(file))
+    async with spawned(["true"], selinux_label="system_u:system_r:container_kvm_t:s0") as process:
+        assert await process.wait() == ProcessExit(0, None)
+    assert file.read_text() == "system_u:system_r:container_kvm_t:s0"
+    file.unlink()
+    words = "cannot run true with SELinux label a:b:c: No such file or directory; the host's policy has to have it"
+    with pytest.raises(HostUnsupported, match=words):
+        async with spawned(["true"], selinux_label="a:b:c"):
+            pass

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hypervisor.errors import QmpRefused, QmpUnavailable
+from hypervisor.errors import HostUnsupported, QmpRefused, QmpUnavailable
 from hypervisor.process import ProcessExit
+from hypervisor.qemu.events import BalloonChanged, Event, Shutdown
 from hypervisor.qemu.qmp import Monitor, connected
 from hypervisor.sockets import unix_listener
 from hypervisor.spec import QmpTimeouts
@@ -152,7 +153,7 @@ def running() -> asyncio.Future[ProcessExit]:
     return asyncio.get_running_loop().create_future()
 
 
-def ignore(name: str, data: Mapping[str, object]) -> None:
+def ignore(event: Event) -> None:
     pass
 
 
@@ -330,19 +331,87 @@ async def test_garbage_in_mid_connection_does_not_disturb_the_end(tmp_path: Path
 
 
 async def test_events_are_passed_on(tmp_path: Path) -> None:
-    events: asyncio.Queue[tuple[str, Mapping[str, object]]] = asyncio.Queue()
+    """Those that somebody knows, and are what they should be; each to everybody who listens at that time."""
+    events: asyncio.Queue[Event] = asyncio.Queue()
+    others: list[Event] = []
 
     async def tells(peer: Peer) -> None:
         await greets(peer)
         stamp = {"seconds": 1, "microseconds": 2}
         peer.send({"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}, "timestamp": stamp})
         peer.send({"event": "RESUME", "timestamp": stamp})
+        peer.send({"event": "SHUTDOWN", "data": ["odd"], "timestamp": stamp})
+        await peer.answer()
+        peer.send({"event": "BALLOON_CHANGE", "data": {"actual": 1 << 30}, "timestamp": stamp})
         await peer.reader.read()
 
     path = tmp_path / "qmp.sock"
-    async with (
-        monitors_at(path, tells),
-        connected(path, QUICK, running(), lambda name, data: events.put_nowait((name, data))),
-    ):
-        assert await events.get() == ("SHUTDOWN", {"guest": True, "reason": "guest-reset"})
-        assert await events.get() == ("RESUME", {})
+    async with monitors_at(path, tells), connected(path, QUICK, running(), events.put_nowait) as monitor:
+        assert await events.get() == Shutdown(guest=True, reason="guest-reset")
+        with monitor.listening(others.append):
+            await monitor.stop()
+            assert await events.get() == BalloonChanged(actual=1 << 30)
+        assert others == [BalloonChanged(actual=1 << 30)]
+
+
+@pytest.mark.parametrize(
+    ("version", "outcome"),
+    [
+        ({"major": 5, "minor": 0, "micro": 0}, (5, 0, 0)),
+        ({"major": 11, "minor": 1, "micro": 2}, (11, 1, 2)),
+        (
+            {"major": 4, "minor": 2, "micro": 1},
+            r"QEMU 4\.2\.1 is too old; install 5\.0 or later, or name one as path",
+        ),
+    ],
+)
+async def test_the_greeting_tells_the_version(
+    tmp_path: Path, version: dict[str, int], outcome: tuple[int, ...] | str
+) -> None:
+    async def is_of_that_version(peer: Peer) -> None:
+        peer.send({"QMP": {"version": {"qemu": version, "package": ""}, "capabilities": []}})
+        await peer.answer()
+        await peer.reader.read()
+
+    path = tmp_path / "qmp.sock"
+    async with monitors_at(path, is_of_that_version):
+        if isinstance(outcome, str):
+            with pytest.raises(HostUnsupported, match=outcome):
+                async with connected(path, QUICK, running(), ignore):
+                    pass
+        else:
+            async with connected(path, QUICK, running(), ignore) as monitor:
+                assert monitor.version == outcome
+
+
+@pytest.mark.parametrize("qemu", [None, "7.2", {"major": "7"}, {"major": 7, "minor": 2}])
+async def test_a_greeting_without_a_version_is_told(tmp_path: Path, qemu: object) -> None:
+    async def is_odd(peer: Peer) -> None:
+        peer.send({"QMP": {"version": {"qemu": qemu}, "capabilities": []}})
+        await peer.answer()
+        await peer.reader.read()
+
+    path = tmp_path / "qmp.sock"
+    async with monitors_at(path, is_odd):
+        with pytest.raises(QmpUnavailable, match="without a version"):
+            async with connected(path, QUICK, running(), ignore):
+                pass
+
+
+async def test_a_command_waits_for_the_one_before_it(tmp_path: Path) -> None:
+    """What QEMU gets in between would belong to neither."""
+    heard: list[str] = []
+
+    async def is_slow(peer: Peer) -> None:
+        await greets(peer)
+        while True:
+            message = await peer.receive()
+            heard.append(message["execute"])
+            await asyncio.sleep(0.02)
+            heard.append("answered")
+            peer.send({"return": {}, "id": message["id"]})
+
+    path = tmp_path / "qmp.sock"
+    async with monitors_at(path, is_slow), connected(path, QUICK, running(), ignore) as monitor:
+        await asyncio.gather(monitor.stop(), monitor.cont())
+    assert heard == ["stop", "answered", "cont", "answered"]

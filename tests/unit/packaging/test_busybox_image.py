@@ -85,6 +85,22 @@ def test_same_input_same_bytes(tmp_path: Path, busybox: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+def test_images_differ_in_name_and_command_only(tmp_path: Path, busybox: Path) -> None:
+    found = {}
+    for image in (busybox_image.SHELL, busybox_image.PAUSE):
+        busybox_image.build(tmp_path / "image.tar", busybox=busybox, image=image)
+        with tarfile.open(tmp_path / "image.tar") as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        (entry,) = json.loads(files["index.json"])["manifests"]
+        manifest = json.loads(blob(files, entry))
+        config = json.loads(blob(files, manifest["config"]))
+        assert entry["annotations"]["io.containerd.image.name"] == image.name
+        assert config["config"].pop("Cmd") == list(image.command)
+        found[image.name] = (config, manifest["layers"])
+    shell, pause = found.values()
+    assert shell == pause
+
+
 def test_failure_leaves_the_old_image(tmp_path: Path) -> None:
     output = tmp_path / "image.tar"
     output.write_bytes(b"old")

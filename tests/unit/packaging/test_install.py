@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import install
 import pytest
@@ -47,6 +49,9 @@ def test_uninstall_restores_the_system(places: install.Places, guest: Path) -> N
     installed = tree(places.destdir)
     assert {
         "etc/kata-py/configuration.toml",
+        "usr/share/defaults/kata-py/configuration-qemu-se.toml",
+        "usr/share/defaults/kata-py/configuration-qemu-snp.toml",
+        "usr/share/defaults/kata-py/configuration-qemu-tdx.toml",
         "usr/share/defaults/kata-py/configuration.toml",
         "usr/share/kata-py/vmlinux",
         "usr/local/bin/containerd-shim-kata-py",
@@ -58,6 +63,14 @@ def test_uninstall_restores_the_system(places: install.Places, guest: Path) -> N
     assert not [name for name in installed if name.endswith(".new")]
     install.uninstall(places)
     assert tree(places.destdir) == before
+
+
+def test_revision_of_the_checkout_is_kept(places: install.Places, guest: Path, tmp_path: Path) -> None:
+    run_install(places, guest)
+    kept = (places.staged(places.lib) / "REVISION").read_text()
+    assert kept == install.revision(install.ROOT)
+    # A release's archive has no history: that is no reason to fail.
+    assert install.revision(tmp_path) == ""
 
 
 def test_stage_is_not_named_anywhere(places: install.Places, guest: Path) -> None:
@@ -84,6 +97,41 @@ def test_repeating_replaces_guest_and_library(places: install.Places, guest: Pat
         "usr/local/bin/other",
         "usr/share",
     }
+
+
+def test_library_in_its_place_is_always_whole(
+    places: install.Places, guest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_install(places, guest)
+    library = places.staged(places.lib)
+    remove = shutil.rmtree
+
+    def watched(folder: Path, **options: Any) -> None:
+        assert folder != library
+        remove(folder, **options)
+        assert {"cli", "dependency.py"} <= {path.name for path in library.iterdir()}
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    run_install(places, guest)
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
+
+
+def test_who_uses_an_old_file_keeps_it(places: install.Places, guest: Path) -> None:
+    run_install(places, guest)
+    kernel, program, module = (
+        places.staged(places.guest / "vmlinux"),
+        places.staged(places.bin / "containerd-shim-kata-py-v2"),
+        places.staged(places.lib / "cli" / "main.py"),
+    )
+    program.write_text("#!/bin/sh\n# an older one\n")
+    opened = [path.open("rb") for path in (kernel, program, module)]
+    before = [os.fstat(file.fileno()) for file in opened]
+    (guest / "vmlinux").write_text("second")
+    run_install(places, guest)
+    for path, file, old in zip((kernel, program, module), opened, before, strict=True):
+        assert path.stat().st_ino != old.st_ino
+        assert len(file.read()) == old.st_size
+        file.close()
 
 
 def test_edited_configuration_survives(places: install.Places, guest: Path) -> None:

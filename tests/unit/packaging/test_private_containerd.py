@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import private_containerd
 import pytest
 import sandboxes
+from cri_config import CriConfig, Handler
 from private_containerd import ContainerdError, PrivateContainerd, choose_folder, end_process, start_ticks
 
 # Tells that it is ready like containerd, then does nothing until it is ended.
@@ -109,6 +111,41 @@ def test_configuration_stays_in_the_folder(tmp_path: Path) -> None:
     assert "io.containerd.grpc.v1.cri" in written["disabled_plugins"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "generation", "version"),
+    [
+        ("containerd github.com/containerd/containerd 1.6.20~ds1 1.6.20~ds1-1+deb12u3", 1, 2),
+        ("containerd github.com/containerd/containerd/v2 2.1.9+unknown ", 2, 3),
+        ("containerd github.com/containerd/containerd/v2 v12.0.0 0123456789abcdef", 12, 3),
+    ],
+)
+def test_cri_is_configured_in_the_files_version(
+    tmp_path: Path, answer: str, generation: int, version: int
+) -> None:
+    tell = f"import sys\nif '--version' in sys.argv: print({answer!r}); sys.exit()\n{READY}"
+    cri = CriConfig(
+        snapshotter="native",
+        pause_image="pause",
+        handlers={"ours": Handler(runtime_type="io.containerd.ours.v2")},
+        networks=tmp_path,
+        network_programs=tmp_path,
+    )
+    containerd = dataclasses.replace(server(tmp_path, tell), cri=cri)
+    assert containerd.generation() == generation
+    containerd.start()
+    end_process(containerd.pid() or 0, 10)
+    written = tomllib.loads((containerd.folder / "containerd.toml").read_text())
+    assert written["version"] == version
+    assert not any("cri" in name for name in written["disabled_plugins"])
+    assert written["plugins"]["io.containerd.grpc.v1.cri"]["stream_server_address"] == "127.0.0.1"
+
+
+def test_unknown_version_is_an_error(tmp_path: Path) -> None:
+    containerd = server(tmp_path, "print('containerd is my name')")
+    with pytest.raises(ContainerdError, match=r"cannot tell the version of .*'containerd is my name"):
+        containerd.generation()
+
+
 def test_missing_program_is_named(tmp_path: Path) -> None:
     with pytest.raises(ContainerdError, match=f"containerd is not in {tmp_path}"):
         PrivateContainerd(folder=tmp_path / "c", programs=tmp_path).start()
@@ -151,6 +188,8 @@ def test_sandboxes_are_told_apart_by_their_bundle(tmp_path: Path) -> None:
     shim = tmp_path / "shim"
     shim.write_text(f'#!/bin/sh\necho "$@" > {notes}\n')
     shim.chmod(0o755)
+    assert sandboxes.clean_up(mine, shim, keep=["a"], state=state) == []
+    assert not notes.exists()
     assert sandboxes.clean_up(mine, shim, state=state) == ["a"]
     assert notes.read_text() == f"-namespace default -id a -bundle {mine.folder} delete\n"
 

@@ -118,6 +118,17 @@ def test_measuring_needs_a_compiler(system: FakeSystem) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("version", "s390x"), [("12", "qemu-system-misc"), ("13", "qemu-system-s390x"), ("", "qemu-system-s390x")]
+)
+def test_emulators_of_other_architectures_are_for_who_asks(
+    system: FakeSystem, version: str, s390x: str
+) -> None:
+    system.release("debian", version)
+    more = set(system.run("--list", "foreign").stdout.split()) - set(system.run("--list").stdout.split())
+    assert more == {"qemu-system-arm", s390x}
+
+
 def test_unknown_words_change_nothing(system: FakeSystem) -> None:
     system.installed(except_for="containerd")
     assert system.run("--help").returncode == 2

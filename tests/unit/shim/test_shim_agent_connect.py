@@ -213,3 +213,18 @@ async def test_second_call_is_ignored() -> None:
     call_of_the_guest(ready, b'{"init_s": 3, "ready_s": 4}')
     await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
     assert ready.boot_times() == {"init_s": 1.0, "ready_s": 2.0}
+
+
+async def test_connection_that_comes_with_the_cancellation_is_closed() -> None:
+    ours, theirs = socket.socketpair()
+
+    def connect() -> socket.socket:
+        user.cancel()
+        return ours
+
+    user = asyncio.create_task(use(FakeMachine(connect), LONG_PAUSE, ReadySignal()))
+    with theirs, pytest.raises(asyncio.CancelledError):
+        await user
+    await tasks_ended()
+    await asyncio.sleep(0)  # the callbacks of what has just ended
+    assert ours.fileno() == -1

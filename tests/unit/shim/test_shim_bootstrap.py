@@ -14,11 +14,11 @@ from shim.cli import Flags
 ENVIRONMENT = {"TTRPC_ADDRESS": "/env/ttrpc", "GRPC_ADDRESS": "/env/grpc", "NAMESPACE": "env-ns"}
 
 
-def boot(**flags: str) -> Bootstrap:
+def boot(bundle: str = "/bundle", **flags: str) -> Bootstrap:
     parsed = Flags()
     for name, value in {"id": "pod", "namespace": "ns", "address": "/flag/grpc", **flags}.items():
         setattr(parsed, name, value)
-    return Bootstrap(parsed, ENVIRONMENT, "/bundle")
+    return Bootstrap(parsed, ENVIRONMENT, bundle)
 
 
 def kata_options(path: str, *, prefix: str = "") -> Any:
@@ -88,6 +88,32 @@ def test_empty_params_fields_do_not_hide_the_environment() -> None:
         "/flag/grpc",
         SOCKET_DIR,
     )
+
+
+@pytest.mark.parametrize(
+    ("folder", "sandbox_api", "version_3"),
+    [
+        ("io.containerd.runtime.v2.task", False, False),
+        ("io.containerd.sandbox.controller.v1.shim", True, True),
+        ("io.containerd.sandbox.controller.v1.local", True, False),
+    ],
+)
+def test_whose_bundle_it_is(folder: str, sandbox_api: bool, version_3: bool) -> None:
+    start = boot(bundle=f"/run/containerd/{folder}/ns/pod")
+    assert (start.sandbox_api, start.answers_version_3) == (sandbox_api, version_3)
+
+
+def test_params_of_a_later_containerd() -> None:
+    """A version that we do not know, fields that we do not know, extensions that are none of ours."""
+    message = params(containerd_version="99.1", socket_dir="/p/s", containerd_binary="/bin/containerd")
+    message.extensions.add()
+    message.extensions.add().value.CopyFrom(Any(type_url="runtimeoptions.v2.Options", value=b"\x12\x01x"))
+    message.extensions.add().value.CopyFrom(kata_options("/c.toml"))
+    unknown = b"\xa2\x06\x03new" + b"\xa8\x06\x07"  # fields 100 (text) and 101 (a number)
+    start = boot()
+    start.read_stdin(message.SerializeToString() + unknown)
+    assert (start.speaks_protobuf, start.socket_dir, start.debug) == (True, "/p/s", False)
+    assert config_path(start.options) == "/c.toml"
 
 
 @pytest.mark.parametrize("field", ["instance_id", "namespace"])

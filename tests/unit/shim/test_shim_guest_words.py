@@ -48,7 +48,7 @@ async def test_input_that_is_not_taken() -> None:
     assert agent.writes == [b"abcd"]
 
 
-async def log_of(data: bytes) -> list[str]:
+async def log_of(data: bytes, *least: int) -> list[str]:
     """The texts that the agent's log stream leaves in ours."""
     ours, guests = socket.socketpair()
     ours.setblocking(False)
@@ -63,7 +63,9 @@ async def log_of(data: bytes) -> list[str]:
 
     with capture_logs() as logs:
         feeding = asyncio.create_task(feed())
-        await agent_log.forward(cast("Any", SimpleNamespace(vsock=SimpleNamespace(connect=connect))), 1025)
+        await agent_log.forward(
+            cast("Any", SimpleNamespace(vsock=SimpleNamespace(connect=connect))), 1025, *least
+        )
         await feeding
     return [entry["text"] for entry in logs if entry["event"] == "guest_log"]
 
@@ -82,6 +84,15 @@ async def log_of(data: bytes) -> list[str]:
 )
 async def test_agents_log_line(line: bytes, text: str) -> None:
     assert await log_of(line + b"\n" + b"next\n") == [text, "next"]
+
+
+async def test_agents_log_lines_below_the_level_are_left_out() -> None:
+    lines = b"".join(
+        b'{"level": "%s", "msg": "%s"}\n' % (2 * (level,)) for level in (b"DEBG", b"INFO", b"WARN", b"CRIT")
+    )
+    assert await log_of(lines, log.number_of("warn")) == ["WARN", "CRIT"]
+    assert await log_of(lines, log.number_of("critical")) == ["CRIT"]
+    assert len(await log_of(lines, log.number_of("trace"))) == 4
 
 
 async def test_agents_log_line_over_the_limit_comes_in_pieces() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shim import io
+from shim import host_streams, io
 from shim.errors import InvalidRequest
 from shim.io import ProcessIO, Stdio
 from tests.support.bundles import FifoEnd, Fifos, make_fifos, read_all
@@ -222,6 +222,34 @@ async def test_closing_gives_up_what_does_not_move(fifos: Fifos, monkeypatch: py
     process.open_stdin()
     process.start(FakeStreams([bytes(200_000)], open_ended=True))  # nobody reads, and there is no end
     await process.aclose()
+
+
+async def test_exit_waits_until_the_reader_has_taken_everything(fifos: Fifos) -> None:
+    process = ProcessIO(Stdio(stdout=fifos.stdout), "x")
+    with FifoEnd.reader(fifos.stdout) as reader:
+        process.start(FakeStreams([b"some", b"more"]))
+        settling = asyncio.create_task(process.settle())
+        assert await reader.read_exactly(7) == b"somemor"
+        assert not settling.done()
+        assert await reader.read(10) == b"e"
+        await settling
+    await process.aclose()
+
+
+@pytest.mark.parametrize("open_ended", [False, True], ids=["unread", "held"])
+async def test_exit_does_not_wait_for_a_reader_or_a_writer_that_does_nothing(
+    fifos: Fifos, monkeypatch: pytest.MonkeyPatch, open_ended: bool
+) -> None:
+    monkeypatch.setattr(io, "_SETTLE_IDLE_S", 0.05)
+    monkeypatch.setattr(host_streams, "_READER_IDLE_S", 0.05)
+    before = open_fds()
+    process = ProcessIO(Stdio(stdout=fifos.stdout), "x")
+    process.start(FakeStreams([b"x"], open_ended=open_ended))
+    await process.settle()
+    with FifoEnd.reader(fifos.stdout) as reader:
+        assert await reader.read_exactly(1) == b"x"
+    process.abort()
+    assert open_fds() == before
 
 
 async def test_reader_blocks_only_its_own_stream(fifos: Fifos) -> None:

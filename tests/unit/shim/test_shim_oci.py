@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from google.protobuf.json_format import MessageToDict
 
+from config.schema import SharedMount
 from shim import oci
 from shim.errors import InvalidRequest
 
@@ -52,6 +53,7 @@ RESOURCES = {
     },
     "hugepageLimits": [{"pageSize": "2MB", "limit": 209715200}],
     "network": {"classID": 7, "priorities": [{"name": "eth0", "priority": 3}]},
+    "unified": {"memory.high": "1000000", "cpu.idle": "1"},
 }  # fmt: skip
 HOOK = [{"path": "/hook", "args": ["hook", "now"], "env": ["X=y"], "timeout": 5}]
 SPEC = {
@@ -150,10 +152,18 @@ def drop_the_hosts(resources: dict[str, Any]) -> None:
 
 
 def test_process_and_resources_by_themselves() -> None:
-    assert shown(oci.process_to_proto(PROCESS, "process")) == lowered(PROCESS)
+    process = lowered(PROCESS)
+    del process["selinuxlabel"], process["apparmorprofile"]  # the host's
+    assert shown(oci.process_to_proto(PROCESS, "process")) == process
     resources = without_defaults(lowered(copy.deepcopy(RESOURCES)))
     drop_the_hosts(resources)
     assert shown(oci.resources_to_proto(RESOURCES, "r")) == resources
+
+
+def test_limits_that_are_not_given_stay_absent() -> None:
+    """An agent takes a limit that is there and 0 for a limit to be set."""
+    resources = oci.resources_to_proto({"memory": {"limit": 1}}, "resources")
+    assert MessageToDict(resources) == {"Memory": {"Limit": "1"}}
 
 
 def test_errno_of_zero_is_not_absence() -> None:
@@ -225,9 +235,10 @@ def test_edits_of_a_full_spec() -> None:
         "io.katacontainers.pkg.oci.container_type": "pod_container",
         "io.katacontainers.pkg.oci.bundle_path": "/b",
     }
-    del expected["hooks"], expected["process"]["selinuxlabel"], expected["linux"]["mountlabel"]
+    del expected["hooks"], expected["linux"]["mountlabel"]
+    del expected["process"]["selinuxlabel"], expected["process"]["apparmorprofile"]
     drop_the_hosts(expected["linux"]["resources"])
-    expected["linux"]["namespaces"] = [{"type": "ipc"}, {"type": "mount"}]
+    expected["linux"]["namespaces"] = [{"type": "ipc"}, {"type": "mount"}, {"type": "cgroup"}]
     assert shown(spec) == expected
     assert joins
 
@@ -241,6 +252,13 @@ def test_no_path_of_the_host_is_told() -> None:
 
 def test_seccomp_can_be_taken_out() -> None:
     assert not edited(SPEC, keep_seccomp=False)[0].Linux.HasField("Seccomp")
+
+
+def test_initial_data_of_the_guest_are_no_containers() -> None:
+    name = "io.katacontainers.config.hypervisor.cc_init_data"
+    spec, _ = edited({"annotations": {name: "eA==", f"{name}x": "kept"}})
+    assert name not in spec.Annotations
+    assert spec.Annotations[f"{name}x"] == "kept"
 
 
 def test_annotations_of_the_caller_win() -> None:
@@ -259,3 +277,112 @@ def test_annotations_of_the_caller_win() -> None:
 )
 def test_pid_namespace(namespaces: list[dict[str, str]], joins: bool) -> None:
     assert edited({"linux": {"namespaces": namespaces}})[1] is joins
+
+
+@pytest.mark.parametrize(
+    "asked_for", [[], [{"type": "cgroup"}], [{"type": "cgroup", "path": "/proc/1/ns/cgroup"}]]
+)
+def test_cgroup_namespace_is_the_containers_own(asked_for: list[dict[str, str]]) -> None:
+    namespaces = edited({"linux": {"namespaces": [{"type": "mount"}, *asked_for]}})[0].Linux.Namespaces
+    assert [(ns.Type, ns.Path) for ns in namespaces] == [("mount", ""), ("cgroup", "")]
+
+
+ALL = {"access": "rwm"}
+NULL = {"type": "c", "major": 1, "minor": 3, "access": "rwm"}
+LOOP = [{"path": "/dev/loop0", "type": "b", "major": 7, "minor": 0}]
+
+
+@pytest.mark.parametrize(
+    ("rules", "privileged"),
+    [
+        ([], False),
+        ([ALL | {"allow": True}], True),
+        ([ALL | {"allow": False}, ALL | {"allow": True}], True),
+        ([ALL | {"allow": True, "type": "a", "major": -1, "minor": -1}], True),
+        ([ALL | {"allow": False}, NULL | {"allow": True}], False),
+        ([ALL | {"allow": True}, ALL | {"allow": False}], False),
+        ([NULL | {"allow": True}], False),
+        ([{"allow": True, "type": "c", "access": "rwm"}], False),
+    ],
+)
+def test_privileged_containers_get_the_guests_devices(rules: list[dict[str, Any]], privileged: bool) -> None:
+    spec, _ = edited({"linux": {"resources": {"devices": rules}, "devices": LOOP}})
+    kept = [(rule.Allow, rule.Type, rule.Access) for rule in spec.Linux.Resources.Devices]
+    assert kept == ([(True, "a", "rwm")] if privileged else [])
+    assert [device.Path for device in spec.Linux.Devices] == ([] if privileged else ["/dev/loop0"])
+
+
+def test_user_namespaces_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"user namespaces are not supported.*hostUsers"):
+        oci.check(oci.spec_to_proto({"linux": {"namespaces": [{"type": "pid"}, {"type": "user"}]}}, ""))
+    oci.check(oci.spec_to_proto(SPEC, ""))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "io.katacontainers.container.resource.swappiness",
+        "io.katacontainers.container.resource.swap_in_bytes",
+        "sgx.intel.com/epc",
+    ],
+)
+def test_annotations_that_ask_for_what_no_guest_has_are_refused_by_name(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^annotation {name}: not supported .*; remove it$"):
+        oci.check(oci.spec_to_proto({"annotations": {name: "1"}}, ""))
+
+
+@pytest.mark.parametrize(
+    ("annotations", "found"),
+    [
+        ({"io.kubernetes.cri.container-name": "web"}, ["a", "c"]),
+        ({"io.kubernetes.cri-o.ContainerName": "db"}, ["b"]),
+        ({"io.kubernetes.cri.container-name": "other"}, []),
+        ({}, []),
+    ],
+)
+def test_shared_mounts_are_those_of_the_container(annotations: dict[str, str], found: list[str]) -> None:
+    paths = {"src_ctr": "init", "src_path": "/s", "dst_path": "/d"}
+    configured = [
+        SharedMount(name=name, dst_ctr=container, **paths)
+        for name, container in (("a", "web"), ("b", "db"), ("c", "web"), ("d", ""))
+    ]
+    sent = oci.shared_mounts(oci.spec_to_proto({"annotations": annotations}, ""), configured)
+    assert [mount.name for mount in sent] == found
+    for mount in sent:
+        assert (mount.src_ctr, mount.src_path, mount.dst_path) == ("init", "/s", "/d")
+
+
+def test_devices_of_vfio_are_refused_by_name() -> None:
+    devices = [{"path": path, "type": "c", "major": 1, "minor": 3} for path in ("/dev/null", "/dev/vfio/12")]
+    linux: dict[str, Any] = {"devices": devices}
+    with pytest.raises(
+        InvalidRequest, match=r"^device /dev/vfio/12 cannot be passed through: .*run the container"
+    ):
+        oci.check(oci.spec_to_proto({"linux": linux}, ""))
+    oci.check(oci.spec_to_proto({"linux": {"devices": devices[:1]}}, ""))
+    # A privileged container has all of the host's in its list, and gets the guest's.
+    linux["resources"] = {"devices": [{"allow": True, "access": "rwm"}]}
+    oci.check(oci.spec_to_proto({"linux": linux}, ""))
+
+
+@pytest.mark.parametrize(
+    ("mount", "pods"),
+    [
+        ({"type": "tmpfs", "source": "shm", "options": ["nosuid", "size=65536k"]}, True),
+        ({"type": "bind", "source": "/run/x/sandboxes/S/shm", "options": ["rbind", "ro"]}, True),
+        ({"type": "none", "source": "/var/lib/x/containers/C/mounts/shm", "options": ["rbind"]}, True),
+        ({"type": "bind", "source": "/dev/shm", "options": ["rbind"]}, True),
+        (
+            {"type": "bind", "source": "/pods/u/volumes/kubernetes.io~empty-dir/shm", "options": ["rbind"]},
+            False,
+        ),
+        ({"type": "bind", "source": "/pods/S/volumes/dshm", "options": ["rbind"]}, False),
+        ({"type": "bind", "source": "/run/x/sandboxes/other/shm", "options": ["rbind"]}, False),
+        ({"type": "ephemeral", "source": "x"}, False),
+    ],
+)
+def test_volumes_on_dev_shm_are_the_users(mount: dict[str, Any], pods: bool) -> None:
+    spec = oci.spec_to_proto({"mounts": [mount | {"destination": "/dev/shm"}]}, "")
+    assert oci.is_pods_shm(spec.Mounts[0], ("S", "C")) is pods
+    spec.Mounts[0].destination = "/dev/shm2"
+    assert not oci.is_pods_shm(spec.Mounts[0], ("S", "C"))

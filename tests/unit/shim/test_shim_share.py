@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +55,51 @@ def tree(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).write_text(name)
     return folder
+
+
+def volume(share: SharedDir, source: Path, options: list[str], undo: ExitStack) -> str:
+    """The guest's path of a volume."""
+    return share.add_volume(str(source), options, undo)[0]
+
+
+def test_what_every_guest_sees(run: Run, root: Path) -> None:
+    folder = tree(root / "certs", "ca")
+    (root / "file").write_text("old")
+
+    def work(share: SharedDir) -> None:
+        share.add_sandbox_mounts([f"{folder}:ro", f"{root / 'file'}:rw"])
+        seen = share.exported / "passthrough" / "sandbox-mounts"
+        assert (seen / "certs" / "ca").read_text() == "ca"
+        # As a daemon with write access would: through the view that is not read-only as a whole.
+        there = share.exported.parent / "rw/passthrough/sandbox-mounts"
+        (there / "file").write_text("new")
+        with pytest.raises(OSError, match="Read-only"):
+            (there / "certs" / "ca").write_text("changed")
+
+    run(work)
+    assert (root / "file").read_text() == "new"
+    assert (folder / "ca").read_text() == "ca"
+
+
+def test_what_has_gone_meanwhile_is_an_error(run: Run, root: Path) -> None:
+    def work(share: SharedDir) -> None:
+        with pytest.raises(FileNotFoundError):
+            share.add_sandbox_mounts([f"{root / 'gone'}:ro"])
+
+    run(work)
+
+
+@pytest.mark.parametrize("option", ["io.katacontainers.volume=eA==", "io.katacontainers.fs-opt.is-layer"])
+def test_images_for_the_guest_to_mount_are_refused_by_name(run: Run, root: Path, option: str) -> None:
+    def work(share: SharedDir) -> None:
+        mount = Mount(type="overlay", source="overlay", options=["ro", option])
+        with (
+            ExitStack() as undo,
+            pytest.raises(InvalidRequest, match=f"option {option.split('=')[0]}, .*snapshotter"),
+        ):
+            share.add_rootfs("c1", [mount], root, undo)
+
+    run(work)
 
 
 def on_host(share: SharedDir, guest_path: str) -> Path:
@@ -126,13 +173,44 @@ def test_rootfs_of_mounts_on_top_of_each_other(run: Run, root: Path) -> None:
     assert (os.listdir(below), os.listdir(above)) == (["a"], ["b"])
 
 
-@pytest.mark.parametrize("target", ["..", "../..", "a/../..", "../../../../etc"])
-def test_rootfs_mount_outside(run: Run, root: Path, target: str) -> None:
+@pytest.mark.parametrize("target", ["..", "a/../..", "/../../{outside}", "link", "/up/{outside}", "a/back"])
+def test_rootfs_mount_stays_inside(run: Run, root: Path, target: str) -> None:
+    """A target is a path in the root file system, also where that has symlinks which mean the host's paths here."""
+    outside, part = tree(root / "outside", "precious"), tree(root / "part", "b")
+    base = tree(root / "base")
+    (base / "a").mkdir()
+    (base / str(outside)[1:]).mkdir(parents=True)
+    (base / "link").symlink_to(outside)
+    (base / "up").symlink_to("../" * 20)
+    (base / "a" / "back").symlink_to("../" * 20 + str(outside)[1:])
+
     def work(share: SharedDir) -> None:
         with ExitStack() as undo:
-            mount = Mount(type="bind", source=str(root), target=target, options=["bind"])
-            with pytest.raises(InvalidRequest, match="outside"):
+            wanted = [
+                Mount(type="bind", source=str(base), options=["rbind"]),
+                Mount(
+                    type="bind",
+                    source=str(part),
+                    target=target.format(outside=str(outside)[1:]),
+                    options=["bind"],
+                ),
+            ]
+            path = on_host(share, share.add_rootfs("c1", wanted, root / "unused", undo))
+            assert os.listdir(outside) == ["precious"]
+            inside = path if target in ("..", "a/../..") else path / str(outside)[1:]
+            assert os.listdir(inside) == ["b"]
+        assert os.listdir(share.exported / "passthrough") == []
+
+    run(work)
+
+
+def test_rootfs_mount_on_nothing(run: Run, root: Path) -> None:
+    def work(share: SharedDir) -> None:
+        with ExitStack() as undo:
+            mount = Mount(type="bind", source=str(root), target="/not/there", options=["bind"])
+            with pytest.raises(OSError, match="cannot find /not/there"):
                 share.add_rootfs("c1", [mount], root, undo)
+        assert os.listdir(share.exported / "passthrough") == []
 
     run(work)
 
@@ -169,15 +247,69 @@ def test_volume_directory_and_file(run: Run, root: Path) -> None:
 
     def work(share: SharedDir) -> None:
         with ExitStack() as undo:
-            directory = share.add_volume(str(data), readonly=False, undo=undo)
-            single = share.add_volume(str(file), readonly=True, undo=undo)
+            directory = volume(share, data, ["rbind"], undo)
+            single = volume(share, file, ["rbind", "ro"], undo)
             assert directory.startswith(f"{GUEST_PASSTHROUGH}/sandbox-")
             assert directory.endswith("-data")
             assert (on_host(share, directory) / "x").read_text() == "x"
             assert on_host(share, single).read_text() == "hosts"
-            with pytest.raises(OSError, match="Read-only"):
-                (share.exported.parent / "rw/passthrough" / Path(single).name).write_text("no")
+            for side in ("rw", "ro"):
+                with pytest.raises(OSError, match="Read-only"):
+                    (share.exported.parent / side / "passthrough" / Path(single).name).write_text("no")
+                (share.exported.parent / side / "passthrough" / Path(directory).name / side).touch()
         assert os.listdir(share.exported / "passthrough") == []
+
+    run(work)
+    assert sorted(os.listdir(data)) == ["ro", "rw", "x"]
+
+
+@pytest.mark.parametrize("option", ["ro", "rro"])
+def test_guest_cannot_write_below_a_read_only_volume(run: Run, root: Path, option: str) -> None:
+    """Where the guest comes to the volume, and in file systems inside of it too."""
+    data = tree(root / "data", "x")
+    (data / "tmp").mkdir()
+
+    def work(share: SharedDir) -> None:
+        mounts.mount("tmpfs", str(data / "tmp"), "tmpfs")
+        with ExitStack() as undo:
+            path = on_host(share, volume(share, data, ["rbind", option], undo))
+            for name in ("x", "new", "tmp/new"):
+                with pytest.raises(OSError, match="Read-only"):
+                    (path / name).write_text("no")
+        (data / "tmp" / "new").write_text("the host may")
+        mounts.detach(str(data / "tmp"))
+
+    run(work)
+    assert (data / "x").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("options", "follows"), [(["rbind", "rslave"], True), (["rbind", "rprivate"], False), (["rbind"], False)]
+)
+def test_later_mounts_of_the_host(run: Run, root: Path, options: list[str], follows: bool) -> None:
+    """They show in the volumes that ask for it; in all others, what is in use there never keeps the host's mounts."""
+    data = tree(root / "data")
+    for name in ("before", "later"):
+        (data / name).mkdir()
+
+    def work(share: SharedDir) -> None:
+        mounts.bind(str(data), str(data))
+        mounts.mount("", str(data), "", mounts.MS_SHARED)
+        mounts.mount("tmpfs", str(data / "before"), "tmpfs")
+        with ExitStack() as undo:
+            path = on_host(share, volume(share, data, options, undo))
+            assert os.path.ismount(path / "before")
+            mounts.mount("tmpfs", str(data / "later"), "tmpfs")
+            assert os.path.ismount(path / "later") is follows
+            in_use = os.open(path / "before", os.O_RDONLY)
+            unmounted = subprocess.run(["umount", data / "before"], check=False, stderr=subprocess.DEVNULL)
+            assert (unmounted.returncode == 0) is not follows
+            os.close(in_use)
+        # What leaves the volume does not leave the host.
+        assert os.path.ismount(data / "later")
+        assert os.path.ismount(data / "before") is follows
+        for name in ("before", "later", "."):
+            mounts.detach(str(data / name))
 
     run(work)
 
@@ -190,11 +322,51 @@ def test_volume_with_mounts_inside(run: Run, root: Path) -> None:
         mounts.mount("tmpfs", str(data / "tmp"), "tmpfs")
         (data / "tmp" / "inner").write_text("inner")
         with ExitStack() as undo:
-            path = on_host(share, share.add_volume(str(data), readonly=False, undo=undo))
+            path = on_host(share, volume(share, data, ["rbind"], undo))
             assert (path / "tmp" / "inner").read_text() == "inner"
         mounts.detach(str(data / "tmp"))
 
     run(work)
+
+
+@pytest.mark.parametrize("options", [(), ("nodev",), ("nosuid", "nodev", "noexec")])
+def test_volumes_keep_the_restrictions_of_the_hosts_mount(
+    run: Run, root: Path, options: tuple[str, ...]
+) -> None:
+    def work(share: SharedDir) -> None:
+        (root / "data").mkdir()
+        mounts.mount("tmpfs", str(root / "data"), "tmpfs", mounts.parse_options(list(options))[0])
+        with ExitStack() as undo:
+            assert share.add_volume(str(root / "data"), ["rbind"], undo)[1] == options
+        mounts.detach(str(root / "data"))
+
+    run(work)
+
+
+def test_volumes_are_what_the_host_has(root: Path) -> None:
+    """Also where the host shares none of its mounts, so that later ones never come into the daemon's namespace."""
+    data = tree(root / "data")
+
+    def inside() -> None:
+        mounts.mount("", "/", "", mounts.MS_REC | mounts.MS_PRIVATE)
+        host = mounts.enter_private_mount_namespace()
+        share = SharedDir("s1")
+        share.create(host)
+        script = f"mount -t tmpfs tmpfs {data} && touch {data}/there"
+        nsenter = ["nsenter", f"--mount=/proc/self/fd/{host}", "sh", "-c", script]
+        subprocess.run(nsenter, check=True, pass_fds=[host])
+        started = threading.Thread(target=threading.Event().wait, daemon=True)
+        started.start()
+        assert os.listdir(data) == []
+        with ExitStack() as undo:
+            assert os.listdir(on_host(share, volume(share, data, ["rbind"], undo))) == ["there"]
+            assert os.listdir(on_host(share, share.add_rootfs("c1", [], data, undo))) == ["there"]
+            mount = Mount(type="bind", source=str(data), options=["rbind"])
+            assert os.listdir(on_host(share, share.add_rootfs("c2", [mount], data, undo))) == ["there"]
+        assert os.listdir(data) == []
+        share.remove()
+
+    in_mount_namespace(inside)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +377,7 @@ def test_removal_never_reaches_what_is_mounted(run: Run, root: Path, name: str) 
     data = tree(root / name, "precious")
 
     def work(share: SharedDir) -> None:
-        share.add_volume(str(data), readonly=False, undo=ExitStack())  # never undone: as after a crash
+        volume(share, data, ["rbind"], ExitStack())  # never undone: as after a crash
         share.add_rootfs("c1", [], data, ExitStack())
 
     run(work)
@@ -218,7 +390,7 @@ def test_missing_sources(run: Run, root: Path) -> None:
             with pytest.raises(InvalidRequest, match="/nothing does not exist"):
                 share.add_rootfs("c1", [], root / "nothing", undo)
             with pytest.raises(InvalidRequest, match="/nothing into the container"):
-                share.add_volume(str(root / "nothing"), readonly=False, undo=undo)
+                volume(share, root / "nothing", ["rbind"], undo)
 
     run(work)
 

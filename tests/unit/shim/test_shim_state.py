@@ -39,4 +39,5 @@ def test_numbers_are_containerd_s() -> None:
         "RUNNING": 2,
         "STOPPED": 3,
         "PAUSED": 4,
+        "PAUSING": 5,
     }

@@ -46,19 +46,20 @@ async def unary(client: Client, value: str, **options: Any) -> str:
     return answer.value
 
 
-async def test_a_thousand_calls_at_once(client_of: ClientOf) -> None:
+async def test_two_thousand_calls_at_once(client_of: ClientOf) -> None:
+    """As for hundreds of processes, with a wait and two streams each."""
     all_in = asyncio.Event()
     server: Server
 
     async def handler(message: StringValue, call: Call) -> StringValue:
-        if server.active_calls == 1000:
+        if server.active_calls == 2000:
             all_in.set()
         await all_in.wait()
         return message
 
     server = full_server(Unary=handler)
     client = client_of(server)
-    values = [str(number) for number in range(1000)]
+    values = [str(number) for number in range(2000)]
     assert await asyncio.gather(*(unary(client, value) for value in values)) == values
     assert server.active_calls == 0
 

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from hypervisor.vsock.user import UserVsock
+
 GUEST_BASE = 0x1000_0000
 USER_BASE = 0x7F12_3400_0000
 MEMORY_BYTES = 4 << 20
@@ -450,3 +452,10 @@ class Guest:
         os.eventfd_read(fd)
         self.interrupts += 1
         self._changed.set()
+
+
+async def connected(device: UserVsock, guest: Guest) -> tuple[socket.socket, int]:
+    """A stream from the host to the guest's port 1024: the host's end, and the port that it comes from."""
+    connecting = asyncio.create_task(device.connect(1024))
+    request = await guest.accept()
+    return await connecting, request.src_port

@@ -25,6 +25,7 @@ from tests.unit.hypervisor.vsock.driver import (
     SHUTDOWN,
     WRITE,
     Guest,
+    connected,
     exactly,
     header,
 )
@@ -34,12 +35,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     Pair = tuple[UserVsock, Guest]
-
-
-async def connected(device: UserVsock, guest: Guest) -> tuple[socket.socket, int]:
-    connecting = asyncio.create_task(device.connect(1024))
-    request = await guest.accept()
-    return await connecting, request.src_port
 
 
 def loop_of_two(guest: Guest) -> None:

@@ -25,18 +25,13 @@ from tests.unit.hypervisor.vsock.driver import (
     Guest,
     Memory,
     Ring,
+    connected,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     Pair = tuple[UserVsock, Guest]
-
-
-async def connected(device: UserVsock, guest: Guest) -> tuple[socket.socket, int]:
-    connecting = asyncio.create_task(device.connect(1024))
-    request = await guest.accept()
-    return await connecting, request.src_port
 
 
 async def answers(guest: Guest, device: UserVsock) -> None:

@@ -1,0 +1,158 @@
+"""An exec of `true` by crun alone, started in a guest; beside it the same through that guest's agent, asked for by the
+host, and through all there is: `ctr`, containerd, a shim, and the agent of another guest.
+
+What lies between the first two is the agent and the way to it: two calls over vsock, the streams, the wait for the
+exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import re
+import shutil
+import time
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent_proto.client import AgentClient
+from agent_proto.gen import agent_pb2 as pb
+from agent_proto.gen import oci_pb2
+from bench.errors import BenchError
+from bench.lab import KATA_PY, LIMIT_S, timed
+from bench.rows import Row
+from config import load
+from guest_image.cpio import Tree
+from hypervisor.qemu.machine import booted
+from shim.boot import plan
+from ttrpc import Client
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+
+    from bench.lab import Lab
+    from hypervisor.spec import VmSpec
+
+EXECS_PER_RUN = 3
+GUEST_PROGRAM = Path(__file__).parent / "guest_crun.py"
+CRUN_PORT = 1032  # as in the program
+AGENT_PORT = 1024
+_ROOTFS = "/bench/rootfs"
+_CONTAINER = "bench"
+_INTERPRETER = re.compile(rb"#!/usr/bin/python3\.\d+ -IS\n")
+
+
+def measure(lab: Lab, runs: int, step: Callable[[str], None]) -> list[Row]:
+    """All three in turn; the first of each does not count."""
+    spec = _vm_spec(lab.config, lab.folder / "guest-exec")
+    step("starting a container")
+    with lab.idle_container(KATA_PY) as container:
+        argv = partial(lab.exec_argv, container, "true")
+        try:
+            found = asyncio.run(_execs(spec, runs * EXECS_PER_RUN, argv, step))
+        except TimeoutError as err:
+            raise BenchError(f"the guest did not answer within {LIMIT_S:.0f} s") from err
+    whole, through, alone = found
+    to = "crun in the guest"
+    return [
+        Row(name="exec true by ctr", unit="ms", values=whole, to=to, base=alone),
+        Row(name="exec true through the agent", unit="ms", values=through, to=to, base=alone),
+        Row(name="exec true by crun in the guest", unit="ms", values=alone),
+    ]
+
+
+def _vm_spec(config: Path, folder: Path) -> VmSpec:
+    """The machine that the shim makes with this configuration, with our program in front of the agent."""
+    exported = folder / "shared"
+    exported.mkdir(parents=True)
+    spec = plan(load(config).config, "guest-exec", exported=exported)
+    busybox = shutil.which("busybox")
+    if spec.initrd is None or busybox is None:
+        raise BenchError("the exec in the guest needs a configuration with an initrd, and busybox")
+    archive = spec.initrd.read_bytes()
+    interpreter = _INTERPRETER.search(archive)
+    if interpreter is None:
+        raise BenchError(f"{spec.initrd} has no agent of kata-py in it that could be read")
+    tree = Tree()
+    tree.file("/bench/init", interpreter[0] + GUEST_PROGRAM.read_bytes(), mode=0o755)
+    tree.directory(f"{_ROOTFS}/proc")
+    tree.directory(f"{_ROOTFS}/dev")
+    tree.file(f"{_ROOTFS}/bin/busybox", Path(busybox).read_bytes(), mode=0o755)
+    for name in ("true", "sleep"):
+        tree.symlink(f"{_ROOTFS}/bin/{name}", "busybox")
+    initrd = folder / "initrd.img"
+    initrd.write_bytes(archive + tree.to_cpio())
+    words = f"{spec.kernel_params} rdinit=/bench/init".strip()
+    return dataclasses.replace(spec, run_dir=folder / "run", initrd=initrd, kernel_params=words)
+
+
+async def _execs(
+    spec: VmSpec, count: int, argv: Callable[[], Sequence[str]], step: Callable[[str], None]
+) -> tuple[list[float], list[float], list[float]]:
+    """Milliseconds of the program, the agent, and crun. Raises BenchError, HypervisorError, TimeoutError."""
+    if spec.ready_vport is None:
+        raise BenchError("the guest does not say when it is ready")
+    step("booting a guest")
+    ready: asyncio.Queue[socket.socket] = asyncio.Queue()
+    async with AsyncExitStack() as undo, asyncio.timeout(LIMIT_S):
+        machine = await undo.enter_async_context(booted(spec, listeners={spec.ready_vport: ready.put_nowait}))
+        (await ready.get()).close()
+        client = await undo.enter_async_context(Client.from_socket(await machine.vsock.connect(AGENT_PORT)))
+        agent = AgentClient(client)
+        await _start_container(agent)
+        crun = undo.enter_context(await machine.vsock.connect(CRUN_PORT))
+        await asyncio.get_running_loop().sock_sendall(crun, f"{_CONTAINER}\n".encode())
+        whole, through, alone = [], [], []
+        for index in range(count + 1):
+            step("warming up" if index == 0 else f"exec {index} of {count}")
+            whole.append(await asyncio.to_thread(timed, argv()) * 1000)
+            through.append(await _through_the_agent(agent, f"e{index}"))
+            alone.append(await _alone(crun))
+    return whole[1:], through[1:], alone[1:]
+
+
+async def _start_container(agent: AgentClient) -> None:
+    await agent.create_sandbox(pb.CreateSandboxRequest(hostname="bench", sandbox_id="bench"))
+    mounts = (("/proc", "proc"), ("/dev", "tmpfs"))
+    spec = oci_pb2.Spec(
+        Version="1.0.2",
+        Process=_process("sleep", "1000000"),
+        Root=oci_pb2.Root(Path=_ROOTFS),
+        Mounts=[oci_pb2.Mount(destination=path, type=kind, source=kind) for path, kind in mounts],
+        Linux=oci_pb2.Linux(Namespaces=[oci_pb2.LinuxNamespace(Type="mount")]),
+    )
+    await agent.create_container(pb.CreateContainerRequest(container_id=_CONTAINER, OCI=spec))
+    await agent.start_container(pb.StartContainerRequest(container_id=_CONTAINER))
+
+
+def _process(*args: str) -> oci_pb2.Process:
+    return oci_pb2.Process(User=oci_pb2.User(), Args=args, Env=["PATH=/bin"], Cwd="/")
+
+
+async def _through_the_agent(agent: AgentClient, exec_id: str) -> float:
+    began = time.perf_counter()
+    await agent.exec_process(
+        pb.ExecProcessRequest(container_id=_CONTAINER, exec_id=exec_id, process=_process("true"))
+    )
+    answer = await agent.wait_process(pb.WaitProcessRequest(container_id=_CONTAINER, exec_id=exec_id))
+    took_ms = (time.perf_counter() - began) * 1000
+    if answer.status != 0:
+        raise BenchError(f"true ended with {answer.status} in the guest")
+    return took_ms
+
+
+async def _alone(crun: socket.socket) -> float:
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(crun, b".")
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = await loop.sock_recv(crun, 64)
+        if not piece:
+            raise BenchError("the program beside the agent is gone")
+        line += piece
+    if int(line) < 0:
+        raise BenchError("crun in the guest failed")
+    return int(line) / 1e6

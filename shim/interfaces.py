@@ -1,0 +1,172 @@
+"""What a pod's network namespace has, and how the guest is told of it. Nothing here changes anything.
+
+Whatever kind an interface is of, the guest gets a virtio one with its MAC address, name, MTU and addresses: how the
+packets come to the interface is the host's business.
+"""
+
+from __future__ import annotations
+
+from socket import AF_INET6
+from typing import TYPE_CHECKING, NamedTuple
+
+from netlink.objects import IFF_LOOPBACK, IFF_NOARP, IFF_UP, NUD_PERMANENT, RTPROT_KERNEL, RTPROT_RA
+from shim.errors import NetworkNotMirrored
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from agent_proto.gen import agent_pb2, types_pb2
+    from netlink.objects import Address, Link, Neighbour, Route
+    from netlink.rtnl import Rtnetlink
+
+#: What the names of our taps end with, as Kata's do.
+TAP_SUFFIX = "_kata"
+# The agent's messages know of a route's flags only RTNH_F_ONLINK, <linux/rtnetlink.h>; the others tell a state.
+_ONLINK = 4
+_ETHERNET_BYTES = 6
+
+
+class Interface(NamedTuple):
+    """One interface of the pod with its addresses."""
+
+    link: Link
+    addresses: tuple[Address, ...]
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What makes it the same interface: with another MAC address it is another one for the guest."""
+        return self.link.ifindex, self.link.mac
+
+    @property
+    def tap(self) -> str:
+        """The name of its tap: 15 bytes hold every index."""
+        return f"tap{self.link.ifindex}{TAP_SUFFIX}"
+
+
+class Snapshot(NamedTuple):
+    """All that the guest shall have, at one moment."""
+
+    interfaces: tuple[Interface, ...] = ()
+    routes: tuple[Route, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
+
+    def without(self, interface: Interface) -> Snapshot:
+        """The rest, when an interface is not there."""
+        gone = interface.link.ifindex
+        return Snapshot(
+            tuple(other for other in self.interfaces if other.key != interface.key),
+            tuple(route for route in self.routes if route.ifindex != gone),
+            tuple(neighbour for neighbour in self.neighbours if neighbour.ifindex != gone),
+        )
+
+
+def scan(rtnl: Rtnetlink) -> Snapshot:
+    """What the namespace of the socket has now.
+
+    Interfaces that are down are not the pod's: the kernel itself puts some into every namespace.
+
+    Raises:
+        NetworkNotMirrored: an interface that no Ethernet device can stand for.
+        OSError: the kernel does not answer.
+    """
+    addresses = rtnl.addresses()
+    interfaces = tuple(
+        Interface(link, tuple(address for address in addresses if address.ifindex == link.ifindex))
+        for link in rtnl.links()
+        if link.flags & IFF_UP and not link.flags & IFF_LOOPBACK and not link.name.endswith(TAP_SUFFIX)
+    )
+    for interface in interfaces:
+        _refuse_without_mac(interface.link)
+    there = {interface.link.ifindex for interface in interfaces}
+    routes = (
+        route
+        for route in rtnl.routes()
+        if route.protocol not in (RTPROT_KERNEL, RTPROT_RA) and route.ifindex in there
+    )
+    neighbours = (
+        neighbour
+        for neighbour in rtnl.neighbours()
+        if neighbour.state & NUD_PERMANENT and neighbour.ifindex in there and neighbour.mac
+    )
+    return Snapshot(interfaces, tuple(routes), tuple(neighbours))
+
+
+def _refuse_without_mac(link: Link) -> None:
+    packed = bytes.fromhex(link.mac.replace(":", ""))
+    if len(packed) != _ETHERNET_BYTES or not any(packed):
+        raise NetworkNotMirrored(
+            f"interface {link.name} of the pod ({link.kind or 'hardware'}) has no MAC address, so the guest cannot "
+            "have its like; give the pod an Ethernet interface, or set internetworking_model to none"
+        )
+
+
+def interface_to_proto(interface: Interface) -> types_pb2.Interface:
+    """The interface in the agent's words."""
+    from agent_proto.gen import types_pb2
+
+    link = interface.link
+    return types_pb2.Interface(
+        device=link.name,
+        name=link.name,
+        IPAddresses=[
+            types_pb2.IPAddress(
+                family=_family(address.family), address=address.address, mask=str(address.prefix)
+            )
+            for address in interface.addresses
+        ],
+        mtu=link.mtu,
+        hwAddr=link.mac,
+        type=link.kind,
+        raw_flags=link.flags & IFF_NOARP,
+    )
+
+
+def routes_to_proto(snapshot: Snapshot) -> agent_pb2.Routes:
+    """The routes in the agent's words."""
+    from agent_proto.gen import agent_pb2, types_pb2
+
+    names = _names(snapshot.interfaces)
+    return agent_pb2.Routes(
+        Routes=[
+            types_pb2.Route(
+                dest=route.destination,
+                gateway=route.gateway,
+                device=names[route.ifindex],
+                source=route.source,
+                scope=route.scope,
+                family=_family(route.family),
+                flags=route.flags & _ONLINK,
+                mtu=route.mtu,
+            )
+            for route in snapshot.routes
+        ]
+    )
+
+
+def neighbours_to_proto(snapshot: Snapshot) -> agent_pb2.ARPNeighbors:
+    """The neighbours in the agent's words."""
+    from agent_proto.gen import agent_pb2, types_pb2
+
+    names = _names(snapshot.interfaces)
+    return agent_pb2.ARPNeighbors(
+        ARPNeighbors=[
+            types_pb2.ARPNeighbor(
+                toIPAddress=types_pb2.IPAddress(family=_family(neighbour.family), address=neighbour.address),
+                device=names[neighbour.ifindex],
+                lladdr=neighbour.mac,
+                state=neighbour.state,
+                flags=neighbour.flags,
+            )
+            for neighbour in snapshot.neighbours
+        ]
+    )
+
+
+def _names(interfaces: Iterable[Interface]) -> dict[int, str]:
+    return {interface.link.ifindex: interface.link.name for interface in interfaces}
+
+
+def _family(family: int) -> types_pb2.IPFamily.ValueType:
+    from agent_proto.gen import types_pb2
+
+    return types_pb2.v6 if family == AF_INET6 else types_pb2.v4

@@ -1,0 +1,222 @@
+"""The pod's network in the guest: taps beside the pod's interfaces, packets from one to the other, and news of changes.
+
+Everything of the pod's network namespace is mirrored: the interfaces that are there when the machine starts are built
+into it, later ones are plugged in, and what changes is told to the guest when the kernel tells us. Packets cross by
+traffic control, which works with every kind of interface.
+
+The taps go with QEMU, who alone has them open. What is left to undo are the redirections on the pod's own interfaces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+from hypervisor.errors import HostUnsupported, HypervisorError
+from hypervisor.netns import entered, new_netns
+from hypervisor.spec import Nic
+from netlink import tc
+from netlink.rtnl import Rtnetlink, changes, drain
+from shim.errors import NetworkNotMirrored
+from shim.interfaces import Snapshot, interface_to_proto, neighbours_to_proto, routes_to_proto, scan
+from ttrpc import RpcError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from agent_proto.client import AgentClient
+    from config import Config
+    from config.schema import Qemu
+    from hypervisor.qemu.machine import Machine
+    from shim.interfaces import Interface
+    from shim.pod import Pod
+
+log = structlog.get_logger()
+
+# Every place costs the guest's boot a few milliseconds. Docker and nerdctl bring interfaces when the machine runs
+# already, mostly one; as many as are taken out can be plugged in again.
+NIC_PORTS = 2
+
+
+class PodNetwork:
+    """The network of one pod. `netns` is where QEMU runs, `nics` what the machine is to have from its start, and
+    `nic_ports` how many places for more.
+
+    `remember` is told the indices of the pod's interfaces before something is put on them.
+    """
+
+    def __init__(
+        self,
+        netns: Path | None,
+        settings: Qemu,
+        remember: Callable[[Path, list[int]], None],
+        *,
+        mirrored: bool,
+    ) -> None:
+        self.netns = netns
+        self.nic_ports = NIC_PORTS if mirrored else 0
+        self._settings = settings
+        self._remember = remember
+        self._joined: set[int] = set()
+        self._told = Snapshot()
+        self._snapshot = Snapshot()
+        with ExitStack() as undo:
+            if mirrored:
+                with entered(netns):
+                    # Before the first look, so that no change is missed.
+                    self._changes = undo.enter_context(changes())
+                    self._rtnl = undo.enter_context(Rtnetlink())
+                self._snapshot = scan(self._rtnl)
+            self._undo = undo.pop_all()
+        self.nics = tuple(map(self._nic, self._snapshot.interfaces))
+
+    def owns(self, resources: ExitStack) -> None:
+        """Close them with the network."""
+        self._undo.push(resources.__exit__)
+
+    def join(self) -> None:
+        """Let packets cross between the pod's interfaces and the machine's, which runs now. Raises OSError."""
+        for interface in self._snapshot.interfaces:
+            self._join(interface)
+
+    async def tell(self, agent: AgentClient) -> None:
+        """Describe to the guest what it has not been told yet. Raises RpcError."""
+        from agent_proto.gen import agent_pb2
+
+        snapshot, told = self._snapshot, self._told
+        for interface in snapshot.interfaces:
+            if interface not in told.interfaces:
+                request = agent_pb2.UpdateInterfaceRequest(interface=interface_to_proto(interface))
+                await agent.update_interface(request)
+        # With an interface that is set anew go its neighbours and routes.
+        changed = snapshot.interfaces != told.interfaces
+        if snapshot.neighbours and (changed or snapshot.neighbours != told.neighbours):
+            neighbours = neighbours_to_proto(snapshot)
+            await agent.add_arp_neighbors(agent_pb2.AddARPNeighborsRequest(neighbors=neighbours))
+        if changed or snapshot.routes != told.routes:
+            await agent.update_routes(agent_pb2.UpdateRoutesRequest(routes=routes_to_proto(snapshot)))
+        self._told = snapshot
+
+    async def follow(self, agent: AgentClient, machine: Machine) -> None:
+        """Bring to the guest whatever changes from now on, until cancelled. The log tells what cannot be brought."""
+        if not self.nic_ports:
+            return
+        news = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._changes, news.set)
+        try:
+            while True:
+                await news.wait()
+                news.clear()
+                drain(self._changes)
+                try:
+                    await self._catch_up(agent, machine)
+                except (NetworkNotMirrored, HypervisorError, RpcError, OSError) as err:
+                    log.error("network_change_not_mirrored", error=str(err))
+        finally:
+            loop.remove_reader(self._changes)
+
+    def part(self) -> None:
+        """Undo `join`: the machine is gone. Another one starts from nothing. Harmless when repeated."""
+        for ifindex in self._joined:
+            try:
+                tc.end_redirect(self._rtnl, ifindex)
+            except OSError as err:
+                log.warning("redirection_not_undone", ifindex=ifindex, error=str(err))
+        self._joined.clear()
+        self._told = Snapshot()
+
+    def close(self) -> None:
+        """Let go of the namespace. Harmless when repeated."""
+        self.part()
+        self._undo.close()
+
+    async def _catch_up(self, agent: AgentClient, machine: Machine) -> None:
+        """One look at what there is now, and everything that follows from it."""
+        now = scan(self._rtnl)
+        here = {interface.key for interface in now.interfaces}
+        for interface in self._snapshot.interfaces:
+            if interface.key not in here:
+                await machine.unplug_nic(self._nic(interface).id)
+                self._joined.discard(interface.link.ifindex)
+                self._snapshot = self._snapshot.without(interface)
+                self._told = self._told.without(interface)
+        there = {interface.key for interface in self._snapshot.interfaces}
+        for interface in now.interfaces:
+            if interface.key not in there:
+                try:
+                    await machine.plug_nic(self._nic(interface))
+                except HypervisorError as err:
+                    log.error("interface_not_mirrored", interface=interface.link.name, error=str(err))
+                    now = now.without(interface)
+                    continue
+                self._join(interface)
+                log.info("interface_plugged", interface=interface.link.name, mac=interface.link.mac)
+        self._snapshot = now
+        await self.tell(agent)
+
+    def _nic(self, interface: Interface) -> Nic:
+        return Nic(
+            id=f"nic{interface.link.ifindex}",
+            mac=interface.link.mac,
+            tap=interface.tap,
+            queues=self._settings.network_queues,
+            vhost=not self._settings.disable_vhost_net,
+        )
+
+    def _join(self, interface: Interface) -> None:
+        link = interface.link
+        tap = next(other.ifindex for other in self._rtnl.links() if other.name == interface.tap)
+        self._joined.add(link.ifindex)
+        assert self.netns is not None
+        self._remember(self.netns, sorted(self._joined))
+        self._rtnl.set_link(tap, mtu=link.mtu, up=True)
+        tc.redirect(self._rtnl, link.ifindex, tap)
+        tc.redirect(self._rtnl, tap, link.ifindex)
+
+
+def network_of(pod: Pod, config: Config, remember: Callable[[Path, list[int]], None]) -> PodNetwork:
+    """The pod's network as the configuration wants it. A pod that was given no namespace gets one of its own.
+
+    Raises:
+        HostUnsupported: a namespace that cannot be entered or made.
+        NetworkNotMirrored, OSError: what is in it cannot be brought to the guest.
+    """
+    try:
+        return _network_of(pod, config, remember)
+    except OSError as err:  # of a system call: the host lacks something
+        why = f"the virtual machine did not start: the pod's network: {err.strerror}"
+        raise OSError(err.errno, why) from err
+
+
+def _network_of(pod: Pod, config: Config, remember: Callable[[Path, list[int]], None]) -> PodNetwork:
+    netns = pod.netns
+    with ExitStack() as undo:
+        if netns is None and not pod.host_network and not config.runtime.disable_new_netns:
+            fd = new_netns()
+            undo.callback(os.close, fd)
+            netns = Path(f"/proc/self/fd/{fd}")
+        mirrored = netns is not None and config.runtime.internetworking_model != "none"
+        if pod.host_network:
+            log.warning("host_network_not_mirrored", reason="a guest has no part in the host's own network")
+        network = PodNetwork(netns, config.hypervisor, remember, mirrored=mirrored)
+        network.owns(undo.pop_all())
+    return network
+
+
+def forget(netns: str, ifindexes: Iterable[int]) -> None:
+    """Undo what a network has left on the pod's interfaces, in a later process. A namespace that is gone is fine.
+
+    Raises OSError.
+    """
+    try:
+        with entered(Path(netns)), Rtnetlink() as rtnetlink:
+            for ifindex in ifindexes:
+                tc.end_redirect(rtnetlink, ifindex)
+    except HostUnsupported:
+        return

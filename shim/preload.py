@@ -1,0 +1,51 @@
+"""Loads what a daemon imports late or only in some cases, while its files are certain to be there.
+
+Pods outlive installations: kata-py's files may be replaced, or removed, while a daemon runs, and an import would then
+find another version's module or none. What the standard library imports late is the distribution's and stays.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+LATE = (
+    "config.annotations",
+    "config.confidential",
+    "config.extensions",
+    "config.guest_files",
+    "config.initdata",
+    "config.show",
+    "config.verity",
+    # `Pids` while execs run.
+    "shim.api.gen.runc_options_pb2",
+    # The machine, which waits for `StartSandbox` when the pod comes through the Sandbox API.
+    "agent_proto.client",
+    "hypervisor.arch.aarch64",
+    "hypervisor.arch.s390x",
+    "hypervisor.confidential",
+    "hypervisor.protection",
+    "hypervisor.qemu.capabilities",
+    "hypervisor.qemu.confidential",
+    "hypervisor.qemu.dump",
+    "hypervisor.qemu.events",
+    "hypervisor.extension",
+    "hypervisor.qemu.extras",
+    "hypervisor.qemu.memory",
+    "hypervisor.qemu.nic",
+    "hypervisor.qemu.options",
+    "hypervisor.qemu.rare_args",
+    "hypervisor.rootless",
+    "hypervisor.verity",
+    "hypervisor.vsock.user",
+    "hypervisor.vsock.vhost",
+    "qemu.qmp",
+    "shim.agent",
+    "shim.api.gen.pod_pb2",
+    "shim.confidential",
+)
+
+
+def load() -> None:
+    """Import all of it: a few milliseconds, to be spent while the guest's kernel boots."""
+    for name in LATE:
+        importlib.import_module(name)

@@ -1,0 +1,271 @@
+"""The pod's network in the guest: interfaces that were there before it, that come later, that change and go."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import re
+import secrets
+import signal
+import subprocess
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support import host
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.integration.containerd import Containerd
+
+HOST, GUEST = "10.214.0.1", "10.214.0.2"
+HOST6, GUEST6 = "fd14::1", "fd14::2"
+# An emulated guest on a busy machine takes its time; what is waited for comes at once elsewhere.
+SEEN_TIMEOUT_S = 60.0
+POLL_PAUSE_S = 0.05
+SLEEP = ("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done")
+ROUNDS = 20
+
+
+def ip(words: str) -> str:
+    return subprocess.run(["ip", *words.split()], check=True, capture_output=True, text=True).stdout
+
+
+@dataclass
+class Namespace:
+    """A network namespace of the test's own; `name` is also part of the names of the host's ends of its cables."""
+
+    name: str
+    cables: list[str] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        return f"/run/netns/{self.name}"
+
+    def ip(self, words: str) -> str:
+        return ip(f"-n {self.name} {words}")
+
+    def cable(self, inner: str, mac: str) -> str:
+        """An interface in the namespace whose other end is on the host; returns the name of that."""
+        outer = f"{self.name}{len(self.cables)}"
+        self.cables.append(outer)
+        ip(f"link add {outer} type veth peer name {inner} address {mac} netns {self.name}")
+        ip(f"link set {outer} up")
+        return outer
+
+    def queues(self) -> list[str]:
+        """The interfaces of the namespace whose incoming packets traffic control looks at."""
+        shown = subprocess.run(
+            ["tc", "-n", self.name, "qdisc", "show"], check=True, capture_output=True, text=True
+        )
+        return sorted(line.split()[4] for line in shown.stdout.splitlines() if line.split()[1] == "ingress")
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    found = Namespace(f"kp{secrets.token_hex(3)}")
+    ip(f"netns add {found.name}")
+    yield found
+    left = found.queues(), [line.split()[0] for line in found.ip("-br link").splitlines() if "_kata" in line]
+    ip(f"netns delete {found.name}")
+    for cable in found.cables:  # those that a test has not removed
+        subprocess.run(["ip", "link", "delete", cable], check=False, capture_output=True)
+    assert left == ([], [])
+
+
+@pytest.fixture
+def wired(namespace: Namespace) -> Namespace:
+    """A namespace as a CNI plugin leaves it: eth0 with IPv4 and IPv6 addresses and routes over the host."""
+    outer = namespace.cable("eth0", "0a:58:0a:d6:00:02")
+    ip(f"address add {HOST}/24 dev {outer}")
+    ip(f"address add {HOST6}/64 dev {outer} nodad")
+    ip(f"link set {outer} mtu 1450")
+    for words in (
+        "link set lo up",
+        "link set eth0 mtu 1450 up",
+        f"address add {GUEST}/24 dev eth0",
+        f"address add {GUEST6}/64 dev eth0 nodad",
+        f"route add default via {HOST}",
+        f"route add 10.99.0.0/16 via {HOST}",
+        f"-6 route add default via {HOST6}",
+        "neighbour add 10.214.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent",
+    ):
+        namespace.ip(words)
+    return namespace
+
+
+@contextmanager
+def web_server(folder: Path, address: str) -> Iterator[int]:
+    """A web server of this host; yields its port."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            """The test's output is for the test."""
+
+    with http.server.ThreadingHTTPServer((address, 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def in_guest(containerd: Containerd, container: str, *command: str) -> str:
+    """Standard output of a command in the container."""
+    done = containerd.exec(container, *command)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def wait_for(containerd: Containerd, container: str, condition: str) -> None:
+    """Until a condition of the guest's shell holds, asked for in the guest."""
+    loop = (
+        f"i=0; until {condition}; do i=$((i+1)); [ $i -lt 300 ] || {{ ip address; exit 1; }}; sleep 0.1; done"
+    )
+    done = containerd.exec(container, "sh", "-c", loop, timeout_s=SEEN_TIMEOUT_S)
+    assert done.returncode == 0, f"{condition}\n{done.stdout}"
+
+
+def test_the_network_that_a_pod_was_given(containerd: Containerd, wired: Namespace, tmp_path: Path) -> None:
+    (tmp_path / "page").write_bytes(os.urandom(1 << 20))
+    container = containerd.start(
+        "sh",
+        *("-c", "mkdir /www; echo of the guest > /www/page; exec httpd -f -p 8080 -h /www"),
+        options=["--with-ns", f"network:{wired.path}"],
+    )
+    seen = in_guest(containerd, container, "ip", "address", "show", "eth0")
+    assert "mtu 1450" in seen
+    for word in ("0a:58:0a:d6:00:02", f"{GUEST}/24", f"{GUEST6}/64", "UP"):
+        assert word in seen
+    assert "127.0.0.1/8" in in_guest(containerd, container, "ip", "address", "show", "lo")
+    routes = in_guest(containerd, container, "ip", "route")
+    assert f"default via {HOST} dev eth0" in routes
+    assert f"10.99.0.0/16 via {HOST} dev eth0" in routes
+    assert f"default via {HOST6} dev eth0" in in_guest(containerd, container, "ip", "-6", "route")
+    assert "02:00:00:00:00:09" in in_guest(containerd, container, "ip", "neigh")
+    with web_server(tmp_path, HOST) as port:
+        fetched = f"wget -q -O - http://{HOST}:{port}/page | wc -c"
+        assert in_guest(containerd, container, "sh", "-c", fetched).split() == [str(1 << 20)]
+    in_guest(containerd, container, "ping", "-c", "1", "-W", "10", HOST6)
+    wait_for(containerd, container, "wget -q -O - http://127.0.0.1:8080/page | grep -q guest")
+    with urllib.request.urlopen(f"http://{GUEST}:8080/page", timeout=SEEN_TIMEOUT_S) as answer:
+        assert answer.read() == b"of the guest\n"
+    eth0, tap = wired.queues()
+    assert eth0 == "eth0"
+    assert re.fullmatch("tap[0-9]+_kata", tap)
+    containerd.remove(container)
+
+
+def test_interfaces_of_many_kinds(containerd: Containerd, namespace: Namespace) -> None:
+    outer = namespace.cable("net0", "0a:58:0a:d6:00:10")
+    ip(
+        f"link add link {outer} name mac1 netns {namespace.name} address 0a:58:0a:d6:00:11 type macvlan mode bridge"
+    )
+    namespace.cable("net2", "0a:58:0a:d6:00:12")
+    namespace.ip("link add name br3 address 0a:58:0a:d6:00:13 type bridge")
+    namespace.ip("link add name down4 address 0a:58:0a:d6:00:14 type bridge")
+    names = ("net0", "mac1", "net2", "br3")
+    for number, name in enumerate(names):
+        namespace.ip(f"address add 10.{100 + number}.0.2/24 dev {name}")
+        namespace.ip(f"link set {name} up")
+    done = containerd.run(
+        *("sh", "-c", "ip -o link; ip -o -4 address"),
+        options=["--rm", "--with-ns", f"network:{namespace.path}"],
+    )
+    assert done.returncode == 0, done.stderr
+    for number, name in enumerate(names):
+        assert re.search(rf"{name}: .*0a:58:0a:d6:00:1{number}", done.stdout), done.stdout
+        assert re.search(rf"{name} +inet 10\.{100 + number}\.0\.2/24", done.stdout), done.stdout
+    assert "down4" not in done.stdout
+
+
+def test_an_interface_that_no_guest_can_have_is_named(containerd: Containerd, namespace: Namespace) -> None:
+    namespace.ip("tuntap add tun0 mode tun")
+    namespace.ip("link set tun0 up")
+    done = containerd.run(
+        "true", container=(name := containerd.new_id()), options=["--with-ns", f"network:{namespace.path}"]
+    )
+    containerd.ctr("containers", "rm", name)
+    assert done.returncode != 0
+    assert "interface tun0 of the pod (tun) has no MAC address" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_namespace_that_is_not_there(containerd: Containerd) -> None:
+    done = containerd.run(
+        "true", container=(name := containerd.new_id()), options=["--with-ns", "network:/run/netns/nowhere"]
+    )
+    containerd.ctr("containers", "rm", name)
+    assert done.returncode != 0
+    assert "cannot open network namespace /run/netns/nowhere: No such file or directory" in done.stderr
+
+
+@pytest.mark.usefixtures("restored_configuration")
+def test_no_network_on_request(containerd: Containerd, wired: Namespace) -> None:
+    with containerd.config.open("a") as file:
+        file.write('\n[runtime]\ninternetworking_model = "none"\n')
+    done = containerd.run("ls", "/sys/class/net", options=["--rm", "--with-ns", f"network:{wired.path}"])
+    assert done.stdout.split() == ["lo"]
+
+
+@pytest.mark.timeout(600)
+def test_interfaces_come_change_and_go(containerd: Containerd) -> None:
+    """As with Docker and nerdctl: the namespace is empty at first, and found by the task's process."""
+    container = containerd.start(*SLEEP)
+    (line,) = [line for line in containerd.checked("tasks", "ls").splitlines() if container in line]
+    inside = f"-t {line.split()[1]} -n ip"
+    outer = f"kp{secrets.token_hex(3)}"
+
+    def there(words: str) -> None:
+        subprocess.run(["nsenter", *inside.split(), *words.split()], check=True)
+
+    for number in range(ROUNDS):
+        mac = f"0a:58:0a:d6:01:{number:02x}"
+        ip(f"link add {outer} type veth peer name eth0 address {mac} netns {line.split()[1]}")
+        try:
+            ip(f"address add {HOST}/24 dev {outer}")
+            ip(f"link set {outer} up")
+            there(f"address add {GUEST}/24 dev eth0")
+            there("link set eth0 up")
+            there(f"route add default via {HOST}")
+            wait_for(containerd, container, f"ip route | grep -q 'default via {HOST} dev eth0'")
+            if number == 0:
+                assert mac in in_guest(containerd, container, "ip", "link", "show", "eth0")
+                in_guest(containerd, container, "ping", "-c", "1", "-W", "10", HOST)
+                there("address add 10.214.0.77/24 dev eth0")
+                there("link set eth0 mtu 1400")
+                there("route add 10.98.0.0/16 via 10.214.0.3")
+                wait_for(containerd, container, "ip route | grep -q '10.98.0.0/16 via 10.214.0.3'")
+                wait_for(containerd, container, "ip address show eth0 | grep -q 10.214.0.77/24")
+                wait_for(containerd, container, "ip link show eth0 | grep -q 'mtu 1400'")
+                there("route delete 10.98.0.0/16")
+                wait_for(containerd, container, "! ip route | grep -q 10.98.0.0/16")
+                there(f"address delete {GUEST}/24 dev eth0")
+                wait_for(containerd, container, f"! ip address show eth0 | grep -q {GUEST}/24")
+        finally:
+            ip(f"link delete {outer}")
+        wait_for(containerd, container, "! test -e /sys/class/net/eth0")
+    links = subprocess.run(
+        ["nsenter", *inside.split(), "-br", "link"], check=True, capture_output=True, text=True
+    )
+    assert [entry.split()[0] for entry in links.stdout.splitlines()] == ["lo"]
+    containerd.remove(container)
+
+
+def test_a_killed_shim_leaves_nothing_on_the_pods_interface(containerd: Containerd, wired: Namespace) -> None:
+    container = containerd.start(*SLEEP, options=["--with-ns", f"network:{wired.path}"])
+    assert wired.queues()
+    shim = host.helper(os.getpid(), "containerd-shim-kata-py-v2")
+    os.kill(shim, signal.SIGKILL)
+    # containerd lets go of the container before it has run the shim's clean-up.
+    deadline = time.monotonic() + SEEN_TIMEOUT_S
+    while wired.queues():
+        assert time.monotonic() < deadline, wired.queues()
+        time.sleep(POLL_PAUSE_S)
+    containerd.remove(container)

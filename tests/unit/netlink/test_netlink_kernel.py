@@ -1,0 +1,187 @@
+"""Questions and orders to the real kernel, in a network namespace of the test's own."""
+
+from __future__ import annotations
+
+import select
+import socket
+import subprocess
+from socket import AF_INET, AF_INET6
+from typing import TYPE_CHECKING
+
+import pytest
+
+from netlink import objects, tc
+from netlink.objects import Address, Neighbour, Route
+from netlink.rtnl import Rtnetlink, changes, drain
+from tests.support.namespaces import in_network_namespace
+
+if TYPE_CHECKING:
+    from netlink.objects import Link
+
+
+def ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True)
+
+
+def said(*argv: str) -> str:
+    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+
+
+def two_pairs(rtnl: Rtnetlink) -> dict[str, Link]:
+    """Two virtual cables, up: a0-a1 and b0-b1."""
+    for name in "ab":
+        ip(f"link add {name}0 type veth peer name {name}1")
+        ip(f"link set {name}0 up")
+        ip(f"link set {name}1 up")
+    return {link.name: link for link in rtnl.links()}
+
+
+def test_links() -> None:
+    def work() -> None:
+        ip("link add name eth0 address 0a:58:0a:00:00:07 mtu 1400 type veth peer name eth1")
+        with Rtnetlink() as rtnl:
+            links = {link.name: link for link in rtnl.links()}
+        assert set(links) >= {"lo", "eth0", "eth1"}
+        assert links["lo"].flags & objects.IFF_LOOPBACK
+        assert links["eth0"][2:4] == ("0a:58:0a:00:00:07", 1400)
+        assert links["eth0"].kind == "veth"
+
+    in_network_namespace(work)
+
+
+def test_an_interface_is_set_up() -> None:
+    def work() -> None:
+        with Rtnetlink() as rtnl:
+            eth0 = two_pairs(rtnl)["a0"].ifindex
+            rtnl.set_link(eth0, up=False)
+            rtnl.set_link(eth0, name="eth0", mtu=1400)
+            addresses = [Address(eth0, AF_INET, "10.9.0.1", 24), Address(eth0, AF_INET6, "fd09::1", 64)]
+            for address in addresses:
+                rtnl.add_address(address)
+                rtnl.add_address(address)
+            rtnl.set_link(eth0, up=True, arp=False)
+            route = Route(AF_INET, "10.77.0.0/16", "10.9.0.7", eth0, "", 0, objects.RTPROT_BOOT, 0, 0, 1300)
+            rtnl.add_route(route)
+            rtnl.add_route(route)
+            neighbour = Neighbour(eth0, AF_INET, "10.9.0.7", "02:00:00:00:00:07", objects.NUD_PERMANENT, 0)
+            rtnl.add_neighbour(neighbour)
+            link = next(link for link in rtnl.links() if link.ifindex == eth0)
+            assert (link.name, link.mtu) == ("eth0", 1400)
+            assert link.flags & objects.IFF_UP
+            assert link.flags & objects.IFF_NOARP
+            assert set(addresses) <= set(rtnl.addresses())
+            assert route in rtnl.routes()
+            assert neighbour in rtnl.neighbours()
+            assert "brd 10.9.0.255" in said("ip", "address", "show", "eth0")
+            # An IPv6 address that is looked for elsewhere first could not be used for a second.
+            assert "tentative" not in said("ip", "address", "show", "eth0", "to", "fd09::/64")
+            rtnl.delete_route(route)
+            rtnl.delete_address(addresses[0])
+            assert route not in rtnl.routes()
+            assert addresses[0] not in rtnl.addresses()
+
+    in_network_namespace(work)
+
+
+@pytest.mark.parametrize(
+    ("order", "problem"),
+    [
+        (lambda rtnl: rtnl.set_link(999, up=True), "No such device"),
+        (lambda rtnl: rtnl.add_address(Address(999, AF_INET, "10.0.0.1", 8)), "No such device"),
+        (
+            lambda rtnl: rtnl.add_route(Route(AF_INET, "", "10.1.1.1", 0, "", 0, 3, 0, 0, 0)),
+            "Network is unreachable",
+        ),
+    ],
+)
+def test_refusals(order: object, problem: str) -> None:
+    def work() -> None:
+        with Rtnetlink() as rtnl, pytest.raises(OSError, match=problem):
+            order(rtnl)  # type: ignore[operator]
+
+    in_network_namespace(work)
+
+
+def test_packets_cross() -> None:
+    """What arrives at one cable's end leaves by the other cable."""
+
+    def work() -> None:
+        with Rtnetlink() as rtnl:
+            links = two_pairs(rtnl)
+            tc.redirect(rtnl, links["a0"].ifindex, links["b0"].ifindex)
+            tc.redirect(rtnl, links["b0"].ifindex, links["a0"].ifindex)
+            assert said("tc", "qdisc", "show", "dev", "a0", "ingress").startswith("qdisc ingress")
+            assert "Redirect to device b0" in said("tc", "filter", "show", "dev", "a0", "ingress")
+            frame = bytes(12) + b"\x88\xb5" + b"from one end to the other".ljust(46)
+            with (
+                socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as near,
+                socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5)) as far,
+            ):
+                far.bind(("b1", 0x88B5))
+                far.settimeout(5)
+                near.bind(("a1", 0))
+                near.send(frame)
+                assert far.recv(100) == frame
+
+    in_network_namespace(work)
+
+
+def queues_and_filters(device: str) -> str:
+    """As tc(8) lists them. It names the parent of a filter or not, as it was last asked for."""
+    filters = said("tc", "filter", "show", "dev", device, "ingress").replace(" parent ffff:", "")
+    return said("tc", "qdisc", "show", "dev", device) + filters
+
+
+@pytest.mark.parametrize("others", ["", "ingress", "clsact"])
+def test_a_redirection_ends_and_leaves_what_others_did(others: str) -> None:
+    def work() -> None:
+        with Rtnetlink() as rtnl:
+            links = two_pairs(rtnl)
+            if others:
+                said("tc", "qdisc", "add", "dev", "a0", others)
+                accept = ["protocol", "ip", "prio", "5", "u32", "match", "u32", "0", "0", "flowid", ":1"]
+                said("tc", "filter", "add", "dev", "a0", "ingress", *accept)
+            before = queues_and_filters("a0")
+            tc.redirect(rtnl, links["a0"].ifindex, links["b0"].ifindex)
+            assert "Redirect to device b0" in queues_and_filters("a0")
+            for _ in range(2):
+                tc.end_redirect(rtnl, links["a0"].ifindex)
+                assert queues_and_filters("a0") == before
+            tc.end_redirect(rtnl, 999)
+
+    in_network_namespace(work)
+
+
+def test_changes_are_told() -> None:
+    def work() -> None:
+        with Rtnetlink() as rtnl, changes() as news:
+            assert select.select([news], [], [], 0)[0] == []
+            ip("link add d0 type veth peer name d1")
+            ip("link set d1 up")
+            for order in (
+                "link set d0 up",
+                "address add 10.0.0.1/24 dev d0",
+                "route add 10.2.0.0/16 via 10.0.0.2",
+                "neighbour add 10.0.0.3 lladdr 02:00:00:00:00:03 dev d0",
+                "link set d0 mtu 1400",
+                "link delete d0",
+            ):
+                drain(news)
+                ip(order)
+                assert select.select([news], [], [], 5)[0], order
+            drain(news)
+            assert select.select([news], [], [], 0)[0] == []
+            assert rtnl.links()
+
+    in_network_namespace(work)
+
+
+def test_more_changes_than_fit_are_still_told() -> None:
+    def work() -> None:
+        with changes() as news:
+            batch = "".join(f"address add 10.{i // 250}.{i % 250}.1/32 dev lo\n" for i in range(4000))
+            subprocess.run(["ip", "-batch", "-"], input=batch, text=True, check=True)
+            drain(news)
+            assert select.select([news], [], [], 0)[0] == []
+
+    in_network_namespace(work)

@@ -1,0 +1,251 @@
+"""What a configuration makes the shim do, as one text: a whole sandbox is brought up with a container in it.
+
+The configuration, the boot, the sandbox and the calls to the agent are real; QEMU, virtiofsd, the host's directories
+and the agent behind the calls are not. Two configurations do the same when their texts are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import socket
+from contextlib import asynccontextmanager, nullcontext, suppress
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import structlog
+from structlog.testing import capture_logs
+
+from hypervisor.accel import Choice
+from hypervisor.errors import BootFailed
+from hypervisor.qemu.cmdline import Fds, build_cmdline
+from hypervisor.qemu.nic import NicFds
+from netlink.objects import IFF_UP, Link
+from shim import agent as agent_of_shim
+from shim import agent_log, boot, network, paths, sandbox
+from shim.agent import connected
+from shim.errors import ShimError
+from shim.interfaces import Interface, Snapshot
+from shim.io import Stdio
+from tests.support.fake_agent import FakeAgent
+from tests.unit.hypervisor.test_confidential import SNP, TDX, cpuid, host
+from ttrpc import RpcError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+
+    import pytest
+
+    from agent_proto.client import AgentClient
+    from hypervisor import host as hosts
+    from hypervisor.spec import VmSpec
+
+SPEC: dict[str, Any] = {
+    "ociVersion": "1.0.2",
+    "process": {"args": ["true"], "cwd": "/"},
+    "root": {"path": "rootfs"},
+    "linux": {"seccomp": {"defaultAction": "SCMP_ACT_ERRNO"}, "namespaces": [{"type": "network"}]},
+}
+POD = {
+    "io.kubernetes.cri.container-name": "web",
+    "io.kubernetes.cri.sandbox-cpu-quota": "150000",
+    "io.kubernetes.cri.sandbox-cpu-period": "100000",
+    "io.kubernetes.cri.sandbox-memory": str(300 << 20),
+}
+# What every network namespace has.
+ETH0 = Interface(Link(2, "eth0", "0a:58:0a:d5:00:02", 1500, IFF_UP, "veth"), ())
+LEVELS = ("debug", "info", "warning", "error", "critical")
+
+
+class Machine:
+    """A machine that is there at once; its agent is refused once, and reached at the second attempt."""
+
+    pid = 1
+    timings: Mapping[str, float] = {}
+    pids: Mapping[str, int] = {}
+
+    def __init__(self, agent: Path, seen: list[str]) -> None:
+        self.exited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.vsock = self
+        self._agent = agent
+        self._seen = seen
+        self._attempts = 0
+
+    async def connect(self, port: int) -> socket.socket:
+        self._seen.append(f"connect to port {port}")
+        self._attempts += 1
+        if self._attempts == 1:
+            raise ConnectionRefusedError("not yet")
+        connection = socket.socket(socket.AF_UNIX)
+        connection.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(connection, str(self._agent))
+        return connection
+
+    def last_progress(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def stop(self) -> None:
+        """Nothing to stop."""
+
+    def failure(self, what: str, why: str = "") -> BootFailed:
+        return BootFailed(what, why, "remedy")
+
+
+class Share:
+    """The shared directory, in name only."""
+
+    def __init__(self, folder: Path, seen: list[str]) -> None:
+        self.exported = folder / "ro"
+        self._seen = seen
+
+    def add_sandbox_mounts(self, entries: tuple[str, ...]) -> None:
+        self._seen.append(f"seen by every guest: {entries}")
+
+    def add_rootfs(self, *_: object) -> str:
+        return "/rootfs"
+
+    def rootfs(self, _: str) -> Path:
+        return self.exported
+
+
+class Host:
+    """The host's side of the sandbox."""
+
+    def __init__(self, folder: Path, seen: list[str]) -> None:
+        self.run_dir = folder
+        self.share = Share(folder, seen)
+
+    def create(self) -> None:
+        """Nothing to make."""
+
+    def remember_helpers(self, pids: Mapping[str, int]) -> None:
+        """Nobody has to find them."""
+
+    def remember_network(self, netns: Path, ifindexes: list[int]) -> None:
+        """Nobody has to undo anything."""
+
+
+async def done_by(
+    folder: Path, text: str, annotations: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """What happens with this configuration. `folder` is the test's own, and shown as @."""
+    (folder / "configuration.toml").write_text(text)
+    (folder / "config.json").write_text(json.dumps(SPEC | {"annotations": {**POD, **annotations}}))
+    seen: list[str] = []
+    with monkeypatch.context() as patch, capture_logs() as logs:
+        patch.setattr(paths, "RUN_ROOT", str(folder / "run"))
+        patch.setattr(boot, "Host", lambda: _confidential_host(folder / "host", snp="sev_snp_guest" in text))
+        patch.setenv("KATA_CONF_FILE", str(folder / "configuration.toml"))
+        patch.setattr(boot, "choose_accel", lambda wanted, **_: Choice("tcg" if wanted == "tcg" else "kvm"))
+        patch.setattr(
+            boot, "choose_vsock", lambda wanted, **_: Choice("vhost" if wanted == "vhost" else "user")
+        )
+        patch.setattr(network, "new_netns", lambda: os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        patch.setattr(network, "entered", lambda netns: nullcontext())
+        patch.setattr(network, "scan", lambda rtnl: Snapshot((ETH0,)))
+        patch.setattr(network.PodNetwork, "join", lambda self: None)
+        patch.setattr(boot, "booted", lambda spec, listeners: _booted(spec, folder, seen))
+        patch.setattr(agent_log, "forward", lambda machine, port, least: _forward(seen, port, least))
+        patch.setattr(agent_of_shim, "connected", lambda *args: _connected(seen, *args))
+        try:
+            (folder / "run" / "s1").mkdir(parents=True)
+            async with FakeAgent(folder / "agent.sock") as agent:
+                await asyncio.sleep(0)  # it takes its socket
+                await _bring_up(folder, seen)
+                requests = [request for request in agent.requests.items if request.method != "GetOOMEvent"]
+            seen += [f"{request.method} {request.message}" for request in requests]
+        finally:
+            structlog.reset_defaults()
+            shutil.rmtree(folder / "run")
+            (folder / "agent.sock").unlink()
+    seen += [f"next attempt after {line['retry_s']} s" for line in logs if line["event"] == "agent_refused"]
+    # The namespace's descriptor has another number each time.
+    return re.sub("/proc/self/fd/[0-9]+", "/proc/self/fd/N", "\n".join(seen).replace(str(folder), "@"))
+
+
+@asynccontextmanager
+async def _booted(spec: VmSpec, folder: Path, seen: list[str]) -> AsyncIterator[Machine]:
+    fds = Fds(
+        qmp=10,
+        console=11,
+        vsock=12,
+        guest_cid=3,
+        shares=tuple(13 for _ in spec.shares),
+        initdata=15,
+        nics=tuple(NicFds((14,)) for _ in spec.nics),
+    )
+    argv = build_cmdline(spec, fds)
+    seen += [*argv, str(spec)]
+    yield Machine(folder / "agent.sock", seen)
+
+
+def _connected(seen: list[str], *args: Any) -> AbstractAsyncContextManager[AgentClient]:
+    *_, patience_s = args
+    seen.append(f"patience with the guest: {patience_s} s")
+    return connected(*args)
+
+
+async def _forward(seen: list[str], port: int, least: int) -> None:
+    seen.append(f"agent's log from port {port}, level {least}")
+
+
+def _confidential_host(root: Path, *, snp: bool) -> hosts.Host:
+    """A host that can hide guests in one of the ways."""
+    if not root.exists():
+        cpuid(root, 0, 51 | 5 << 6, 0, 0)
+    files = {
+        "dev/kvm": "",
+        "dev/vhost-vsock": "",
+        "proc/cpuinfo": "flags : vmx svm\n",
+        TDX: "YN"[snp],
+        SNP: "NY"[snp],
+    }
+    return host(root, files)
+
+
+async def _bring_up(folder: Path, seen: list[str]) -> None:
+    """All of a sandbox's start, up to the creation of its first container."""
+    bootstrap: Any = SimpleNamespace(id="s1", options=b"", sandbox_api=False, bundle=str(folder), debug=False)
+    ours: Any = Host(folder, seen)
+    start = boot.Boot(bootstrap, ours, 0.0)
+    if start.failure is not None:
+        seen.append(f"failure: {start.failure}")
+        return
+    with capture_logs() as lines:
+        for level in LEVELS:
+            getattr(structlog.get_logger(), level)("said")
+    seen.append(f"logged: {[line['log_level'] for line in lines]}")
+    pod = sandbox.Sandbox(
+        "s1", start, ours.share, cast("Any", _Events()), namespace="n", outlives_containers=False
+    )
+    pod.bring_up()
+    request = sandbox.CreateRequest("s1", folder, (), Stdio("", "", "", False))
+    try:
+        with suppress(ShimError, RpcError):
+            await pod.create_container(request)
+        inside = pod._inside
+        if inside is None:
+            await pod._guest()
+        else:
+            limits = vars(inside.agent) | vars(inside.liveness)
+            seen += [
+                f"{name}: {limits[name]}"
+                for name in ("_timeout_s", "_create_container_timeout_s", "_check_s")
+            ]
+            seen.append(f"a guest that does not answer is kept: {limits['_end_guest'] is None}")
+    except Exception as err:
+        seen.append(f"failure: {err}")
+    finally:
+        await pod.stop()
+
+
+class _Events:
+    """Events that nobody reads."""
+
+    def publish(self, event: object) -> None:
+        """Forget it."""

@@ -1,0 +1,208 @@
+"""The pod's network while its machine runs: what is plugged, joined and told, and what happens when something fails.
+
+Interfaces are real, in a namespace of the test's own; QEMU and the guest's agent are not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from config.schema import Qemu
+from hypervisor.errors import HotplugRefused
+from shim.errors import NetworkNotMirrored
+from shim.network import PodNetwork, forget
+from tests.support.namespaces import in_network_namespace
+from ttrpc import Code, RpcError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from hypervisor.spec import Nic
+
+OWN = "/proc/self/ns/net"
+
+
+def ip(words: str) -> str:
+    return subprocess.run(["ip", *words.split()], check=True, capture_output=True, text=True).stdout
+
+
+def redirected() -> list[str]:
+    """The interfaces whose incoming packets go elsewhere."""
+    shown = subprocess.run(["tc", "qdisc", "show"], check=True, capture_output=True, text=True).stdout
+    return sorted(line.split()[4] for line in shown.splitlines() if line.split()[1] == "ingress")
+
+
+class Guest:
+    """Machine and agent in one: what they are asked for, in order. A tap of the machine is a bridge here."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.refuse: Exception | None = None
+        self._news = asyncio.Event()
+
+    async def until(self, asked: str) -> None:
+        while asked not in self.asked:
+            self._news.clear()
+            await self._news.wait()
+
+    async def plug_nic(self, nic: Nic) -> None:
+        self._note(f"plug {nic.id} {nic.mac}")
+        ip(f"link add name {nic.tap} type bridge")
+
+    async def unplug_nic(self, nic_id: str) -> None:
+        self._note(f"unplug {nic_id}")
+        ip(f"link delete tap{nic_id.removeprefix('nic')}_kata")
+
+    async def update_interface(self, request: Any) -> None:
+        given = request.interface
+        addresses = " ".join(a.address for a in given.IPAddresses if not a.address.startswith("fe80"))
+        self._note(f"{given.name} mtu {given.mtu} {addresses}".strip())
+
+    async def update_routes(self, request: Any) -> None:
+        self._note(f"routes {' '.join(route.dest or 'default' for route in request.routes.Routes)}".strip())
+
+    async def add_arp_neighbors(self, request: Any) -> None:
+        entries = request.neighbors.ARPNeighbors
+        self._note(f"neighbours {' '.join(entry.toIPAddress.address for entry in entries)}")
+
+    def _note(self, text: str) -> None:
+        self.asked.append(text)
+        self._news.set()
+        if self.refuse is not None:
+            raised, self.refuse = self.refuse, None
+            raise raised
+
+
+def with_network(work: Callable[[PodNetwork, Any, list[list[int]]], Awaitable[None]], *orders: str) -> None:
+    """Run `work` with a network in a namespace that `orders` have prepared, and find nothing of it afterwards."""
+
+    async def run() -> None:
+        for order in orders:
+            ip(order)
+        guest: Any = Guest()
+        remembered: list[list[int]] = []
+        network = PodNetwork(
+            Path(OWN), Qemu(), lambda netns, ifindexes: remembered.append(ifindexes), mirrored=True
+        )
+        for nic in network.nics:
+            ip(f"link add name {nic.tap} type bridge")
+        try:
+            async with asyncio.timeout(15):
+                await work(network, guest, remembered)
+        finally:
+            network.close()
+            network.close()
+        assert [name for name in redirected() if not name.endswith("_kata")] == []
+
+    in_network_namespace(lambda: asyncio.run(run()))
+
+
+ETH0 = (
+    "link add eth0 address 0a:58:0a:d5:00:02 type veth peer name far",
+    "link set far up",
+    "link set eth0 up",
+    "address add 10.1.0.2/24 dev eth0",
+    "route add default via 10.1.0.1",
+)
+
+
+def test_what_is_there_at_first() -> None:
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        # `far` is an interface of this namespace as well.
+        eth0 = next(nic for nic in network.nics if nic.mac == "0a:58:0a:d5:00:02")
+        assert (eth0.queues, eth0.vhost) == (1, True)
+        network.join()
+        assert set(redirected()) >= {"eth0", eth0.tap}
+        assert sorted(remembered[-1]) == sorted(int(nic.id.removeprefix("nic")) for nic in network.nics)
+        await network.tell(guest)
+        assert {"eth0 mtu 1500 10.1.0.2", "routes default"} <= set(guest.asked)
+        told = len(guest.asked)
+        await network.tell(guest)
+        assert len(guest.asked) == told
+        network.part()
+        network.join()
+        await network.tell(guest)
+        assert len(guest.asked) == 2 * told
+
+    with_network(work, *ETH0)
+
+
+def test_changes_reach_the_guest() -> None:
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        following = asyncio.create_task(network.follow(guest, guest))
+        for order in (*ETH0[:1], *ETH0[2:4]):
+            ip(order)
+        await guest.until("eth0 mtu 1500 10.1.0.2")
+        plugged = next(asked for asked in guest.asked if asked.startswith("plug"))
+        assert plugged.endswith(" 0a:58:0a:d5:00:02")
+        assert "eth0" in redirected()
+        ip("route add 10.9.0.0/16 via 10.1.0.9")
+        await guest.until("routes 10.9.0.0/16")
+        ip("link set eth0 mtu 1400")
+        await guest.until("eth0 mtu 1400 10.1.0.2")
+        ip("neighbour add 10.1.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent")
+        await guest.until("neighbours 10.1.0.9")
+        ip("link delete far")
+        await guest.until(f"un{plugged.rpartition(' ')[0]}")
+        following.cancel()
+        await asyncio.wait([following])
+
+    with_network(work)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "event"),
+    [
+        (HotplugRefused("all ports are taken"), "interface_not_mirrored"),
+        (RpcError(Code.INTERNAL, "no"), "network_change_not_mirrored"),
+    ],
+)
+def test_a_change_that_fails_is_told_and_the_next_one_is_not_lost(refusal: Exception, event: str) -> None:
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        with capture_logs() as logs:
+            following = asyncio.create_task(network.follow(guest, guest))
+            await asyncio.sleep(0)
+            guest.refuse = refusal
+            for order in ETH0[:4]:
+                ip(order)
+            ip("link set eth0 mtu 1300")
+            await guest.until("eth0 mtu 1300 10.1.0.2")
+            following.cancel()
+            await asyncio.wait([following])
+        assert event in [line["event"] for line in logs]
+
+    with_network(work)
+
+
+def test_an_interface_that_no_guest_can_have() -> None:
+    def work() -> None:
+        ip("tuntap add tun0 mode tun")
+        ip("link set tun0 up")
+        with pytest.raises(NetworkNotMirrored, match="tun0"):
+            PodNetwork(Path(OWN), Qemu(), lambda netns, ifindexes: None, mirrored=True)
+
+    in_network_namespace(work)
+
+
+def test_a_later_process_undoes_what_is_left(tmp_path: Path) -> None:
+    def work() -> None:
+        for order in ETH0:
+            ip(order)
+        network = PodNetwork(Path(OWN), Qemu(), lambda netns, ifindexes: None, mirrored=True)
+        for nic in network.nics:
+            ip(f"link add name {nic.tap} type bridge")
+        network.join()
+        assert "eth0" in redirected()
+        ifindexes = [int(nic.id.removeprefix("nic")) for nic in network.nics]
+        for _ in range(2):
+            forget(OWN, [*ifindexes, 999])
+            assert "eth0" not in redirected()
+        forget(str(tmp_path / "nowhere"), ifindexes)
+
+    in_network_namespace(work)
