@@ -128,7 +128,8 @@ fresh: venv-dev
 # there is. Status 5 is "nothing selected", which TESTS=path may well lead to in one of them.
 test: check launchers guest root-images image foreign ## All checks and all tests, with real virtual machines and a real containerd.
 	@packaging/setup.sh foreign
-	$(PYTHON) -m pytest -m 'not integration' $(PYTEST_ARGS) $(TESTS) || [ $$? -eq 5 ]
+	@$(PYTHON) packaging/qemu_versions.py fetch
+	KATA_PY_TEST_ALL_QEMUS=1 $(PYTHON) -m pytest -m 'not integration' $(PYTEST_ARGS) $(TESTS) || [ $$? -eq 5 ]
 	$(PYTHON) packaging/containerd_versions.py test --short $(PYTEST_ARGS) $(TESTS)
 
 test-matrix: launchers guest root-images image foreign venv-dev ## All integration tests with each containerd that Debian has: 1.6, 1.7, 2.x.

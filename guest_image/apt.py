@@ -81,6 +81,28 @@ class Apt:
                 return uri.rstrip("/")
         return DEFAULT_MIRROR
 
+    def newest(
+        self, kind: str, choose: Callable[[], Sequence[Package]], progress: Callable[[str], None]
+    ) -> Root:
+        """The files of the packages that `choose` finds, as the mirror has them now.
+
+        Versions leave the mirror when newer ones come, in sid every day: what cannot be downloaded is looked up again
+        in lists of this moment. Raises ImageError.
+        """
+        self.refresh(progress)
+        try:
+            return self.unpack(kind, choose(), progress)
+        except ToolFailed as err:
+            progress(f"looking for newer versions: {err.said[0] if err.said else err}")
+            self._stamp.unlink(missing_ok=True)
+            self.refresh(progress)
+            return self.unpack(kind, choose(), progress)
+
+    def forget_packages(self) -> None:
+        """Remove what has been downloaded, once it is unpacked."""
+        for deb in self._debs.iterdir():
+            deb.unlink()
+
     def refresh(self, progress: Callable[[str], None]) -> None:
         """Fetch the package lists when they are missing or old. Old lists are kept when the mirrors fail."""
         if self._stamp.exists() and time.time() - self._stamp.stat().st_mtime < LISTS_MAX_AGE_S:

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import FrameType
 
+    from guest_image.apt import Package
+
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / "build" / "cache" / "containerd"
+CACHE = ROOT / "build" / "cache" / "debian"  # one for each suite, which qemu_versions.py uses too
 RESULTS = ROOT / "build" / "test-results"
 # Debian's suites with the versions of containerd that they will always have; sid's moves.
 SUITES = {"bookworm": "1.6", "trixie": "1.7", "sid": ""}
@@ -96,13 +98,17 @@ def fetched(suite: str) -> Containerd:
     """
     try:
         apt = Apt(CACHE / suite, arch=host_arch(), suite=suite)
-        apt.refresh(say)
-        (package,) = apt.alone(["containerd"])
-        root = apt.unpack("containerd", [package], say)
+        chosen: list[Package] = []
+
+        def choose() -> list[Package]:
+            chosen[:] = apt.alone(["containerd"])
+            return chosen
+
+        root = apt.newest("containerd", choose, say)
     except ImageError as err:
         reason = err.said[0] if isinstance(err, ToolFailed) else err
         raise VersionsError(f"cannot get containerd of Debian {suite}: {reason}") from err
-    return Containerd(upstream(package.version), suite, root.path / "usr" / "bin")
+    return Containerd(upstream(chosen[0].version), suite, root.path / "usr" / "bin")
 
 
 def others(own: Containerd) -> Iterator[Containerd]:

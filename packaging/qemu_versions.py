@@ -3,15 +3,18 @@
     .venv/bin/python packaging/qemu_versions.py fetch [SUITE...]
 
 Prints one line for each program: Debian's suite, the guests' architecture, the program. They come as packages
-from the host's mirror, through an apt state of their own below build/, and are only unpacked. A program is a
-two-line script that starts QEMU with its own C library, modules and data files. tests/unit/hypervisor compares
-what we emit with whatever is there, and with the host's own QEMU.
+from the host's mirror, through an apt state of their own below build/, and are only unpacked; of that is kept what a
+QEMU needs to run (150 MB for a suite). A program is a two-line script that starts QEMU with its own C library,
+modules and data files. tests/unit/hypervisor compares what we emit with whatever is there, and with the host's own
+QEMU, which is why the host's own suite is not fetched unless it is named.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +26,11 @@ from guest_image.tools import LOADERS, host_arch
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from guest_image.apt import Package
     from guest_image.tools import Root
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / "build" / "cache" / "qemu"
+CACHE = ROOT / "build" / "cache" / "debian"  # one for each suite, which containerd_versions.py uses too
 SUITES = ("bookworm", "trixie", "sid")
 # Guests' architecture as `uname -m` says it, and the packages that may have its emulator: s390x got one of its
 # own after Debian 12.
@@ -48,23 +52,60 @@ def say(text: str) -> None:
     print(f"qemu versions: {text}", file=sys.stderr, flush=True)
 
 
+def hosts_own() -> str | None:
+    """The suite that the host is, whose QEMUs `make setup` installs."""
+    try:
+        return platform.freedesktop_os_release().get("VERSION_CODENAME")
+    except OSError:
+        return None
+
+
 def fetched(suite: str, cache: Path = CACHE) -> Iterator[tuple[str, Path]]:
     """Architecture and program for each emulator of one suite, unpacked once per set of versions.
 
     Raises:
         QemuError: neither the mirror nor the cache has it.
     """
+    cache = cache.resolve()  # the scripts hold absolute paths
+    programs = {arch: cache / suite / f"qemu-system-{arch}" for arch in PACKAGES}
     try:
-        cache = cache.resolve()  # the scripts hold absolute paths
         apt = Apt(cache / suite, arch=host_arch(), suite=suite)
-        apt.refresh(say)
-        names = {arch: packaged(apt, names) for arch, names in PACKAGES.items()}
-        root = apt.unpack("qemu", apt.closure(sorted(names.values())), say)
-        for arch in PACKAGES:
-            yield arch, launcher(root, arch, cache / suite / f"qemu-system-{arch}")
+
+        def choose() -> Sequence[Package]:
+            return apt.closure(sorted(packaged(apt, names) for names in PACKAGES.values()))
+
+        root = apt.newest("qemu", choose, say)
+        done = root.path / "programs-made"
+        if not done.exists():
+            for arch, path in programs.items():
+                launcher(root, arch, path)
+            done.touch()
+            keep_what_runs(root, done)
+            apt.forget_packages()
     except ImageError as err:
         reason = err.said[0] if isinstance(err, ToolFailed) else err
         raise QemuError(f"cannot get QEMU of Debian {suite}: {reason}") from err
+    yield from programs.items()
+
+
+def keep_what_runs(root: Root, *others: Path) -> None:
+    """Remove all but libraries, QEMU's modules, its data, and `others`."""
+    kept = {*others, *(root.path / place for place in DATA)}
+    for folder in {each.resolve() for each in root.library_dirs() if each.is_dir()}:
+        kept |= {path for path in folder.iterdir() if path.name == "qemu" or not path.is_dir()}
+    _keep(root.path, kept)
+
+
+def _keep(folder: Path, kept: set[Path]) -> None:
+    for path in folder.iterdir():
+        if path in kept or path.is_symlink():
+            continue  # a link costs nothing, and may lead to what is kept
+        if any(other.is_relative_to(path) for other in kept):
+            _keep(path, kept)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def packaged(apt: Apt, names: Sequence[str]) -> str:
@@ -99,12 +140,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fetch the QEMUs of Debian's suites.", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     fetch = verbs.add_parser("fetch", help="make the programs available, and print where they are")
-    fetch.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; none is all")
+    fetch.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; none is all but the host's own"
+    )
     options = parser.parse_args()
     if unknown := set(options.suites) - set(SUITES):
         parser.error(f"no such suite: {', '.join(sorted(unknown))}")
     try:
-        for suite in options.suites or SUITES:
+        for suite in options.suites or [each for each in SUITES if each != hosts_own()]:
             for arch, program in fetched(suite):
                 print(suite, arch, program)
     except QemuError as err:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,35 @@ def test_mirror_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path
         with pytest.raises(ImageError) as caught:
             Apt(tmp_path, arch="amd64", suite="sid").refresh(lambda line: None)
         assert str(caught.value) == "no package lists: E: Failed to fetch http://m/InRelease"
+
+
+def test_a_version_that_left_the_mirror_is_looked_up_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offered = ["a_1_amd64.deb", "a_2_amd64.deb"]
+    updates: list[str] = []
+
+    def run(argv: list[str], **options: object) -> bytes:
+        if "update" in argv:
+            updates.append("update")
+        if "install" in argv:
+            file = offered[len(updates) - 1]
+            return f"'http://m/{file}' {file} 3 SHA256:{sha256(file.encode()).hexdigest()}\n".encode()
+        if "download" in argv:
+            if len(updates) == 1:
+                raise ToolFailed("apt-get ...", ("E: Failed to fetch http://m/a_1_amd64.deb 404",))
+            (tmp_path / "debs" / offered[1]).write_text(offered[1])
+        return b""
+
+    monkeypatch.setattr("guest_image.apt.run", run)
+    said: list[str] = []
+    apt = Apt(tmp_path, arch="amd64", suite="sid")
+    root = apt.newest("kind", lambda: apt.closure(["a"]), said.append)
+    assert root.path.is_dir()
+    assert updates == ["update", "update"]
+    assert "looking for newer versions: E: Failed to fetch http://m/a_1_amd64.deb 404" in said
+    apt.forget_packages()
+    assert list((tmp_path / "debs").iterdir()) == []
 
 
 def test_the_command_line_reports_errors_in_one_line(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Every type and property of the golden command lines, looked up in real QEMUs.
 
-They are the host's own, and those of other Debian releases if packaging/qemu_versions.py has fetched them. No guest
-runs: QEMU is asked what it knows, or stops before the first instruction (`-S`).
+They are the host's own, and those of other Debian releases if packaging/qemu_versions.py has fetched them, as
+`make test` lets it. No guest runs: QEMU is asked what it knows, or stops before the first instruction (`-S`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import qemu_versions
 
 from hypervisor.arch import MACHINES, arch_named
 from hypervisor.qemu.cmdline import Fds, build_cmdline
 from tests.unit.hypervisor.test_golden import CASES, read_case
 
-FETCHED = Path(__file__).parents[3] / "build" / "cache" / "qemu"
+FETCHED = Path(__file__).parents[3] / "build" / "cache" / "debian"
+HOST = "host"
 LIMIT_S = 60
 # Names that QEMU's command line has beside a type's own properties.
 OF_ALL_DEVICES = {"id", "bus", "addr", "driver"}
@@ -40,21 +42,21 @@ PROTECTIONS: dict[str, tuple[int, int] | None] = {
 }
 
 
-def programs() -> list[tuple[str, str]]:
-    """Architecture and program of every QEMU that there is."""
+def programs() -> list[tuple[str, str, str]]:
+    """Where from, architecture and program of every QEMU that there is."""
     found = []
     for arch in map(arch_named, MACHINES.values()):
-        own = shutil.which(arch.qemu_binary)
-        paths = [own] if own else []
-        paths += map(str, sorted(FETCHED.glob(f"*/{arch.qemu_binary}")))
-        found += [(arch.name, path) for path in paths]
+        if own := shutil.which(arch.qemu_binary):
+            found.append((HOST, arch.name, own))
+        fetched = sorted(FETCHED.glob(f"*/{arch.qemu_binary}"))
+        found += [(path.parent.name, arch.name, str(path)) for path in fetched]
     return found
 
 
 PROGRAMS = programs()
 PAIRS = [
-    pytest.param(path, case, id=f"{Path(path).parent.name}-{arch}-{case.stem}")
-    for arch, path in PROGRAMS
+    pytest.param(path, case, id=f"{source}-{arch}-{case.stem}")
+    for source, arch, path in PROGRAMS
     for case in CASES
     if case.parent.name == arch
 ]
@@ -120,9 +122,14 @@ def options(case: Path, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("arch", MACHINES.values())
-def test_some_qemu_is_looked_at(arch: str) -> None:
-    if arch not in {name for name, _program in PROGRAMS}:
-        pytest.skip(f"no {arch_named(arch).qemu_binary} here; packaging/qemu_versions.py fetches it")
+@pytest.mark.parametrize("suite", qemu_versions.SUITES)
+def test_the_qemu_of_each_release_is_looked_at(suite: str, arch: str) -> None:
+    if suite == qemu_versions.hosts_own():
+        suite = HOST
+    there = (suite, arch) in {(source, name) for source, name, _program in PROGRAMS}
+    if not there and "KATA_PY_TEST_ALL_QEMUS" not in os.environ:
+        pytest.skip(f"no QEMU of {suite} for {arch} here; packaging/qemu_versions.py fetches it")
+    assert there
 
 
 @pytest.mark.parametrize(("program", "case"), PAIRS)
@@ -150,7 +157,7 @@ def test_types_and_properties_exist(program: str, case: Path) -> None:
         assert f"{split(accel)[0]}-accel" in known.types | {"kvm-accel"}
 
 
-@pytest.mark.parametrize("program", [path for _, path in PROGRAMS])
+@pytest.mark.parametrize("program", [path for _, _, path in PROGRAMS])
 def test_no_qemu_has_a_window_for_shared_files(program: str) -> None:
     """So the keys that ask for one (DAX) are refused. One that has it would make them worth something."""
     known = knowledge(program)

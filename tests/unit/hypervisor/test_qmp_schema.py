@@ -53,7 +53,7 @@ schema = cache(Schema)
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("program", [program for _, program in PROGRAMS])
+@pytest.mark.parametrize("program", [program for *_, program in PROGRAMS])
 @pytest.mark.parametrize(("name", "arguments"), SPOKEN, ids=[name for name, _ in SPOKEN])
 def test_what_is_said_is_understood(program: str, name: str, arguments: dict[str, Any]) -> None:
     known = schema(program)
@@ -67,7 +67,7 @@ def test_what_is_said_is_understood(program: str, name: str, arguments: dict[str
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("program", [program for _, program in PROGRAMS])
+@pytest.mark.parametrize("program", [program for *_, program in PROGRAMS])
 @pytest.mark.parametrize("name", WITHOUT_ARGUMENTS)
 def test_what_is_asked_exists(program: str, name: str) -> None:
     assert name in schema(program).commands

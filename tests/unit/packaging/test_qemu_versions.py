@@ -54,6 +54,32 @@ def test_the_copy_does_not_know_the_hosts_modules(root: Root, tmp_path: Path) ->
     assert (len(copy), copy[:3], copy[-4:]) == (len(original), b"ELF", b"rest")
 
 
+def test_what_does_not_run_is_removed(root: Root, tmp_path: Path) -> None:
+    library = root.path / "usr/lib/x86_64-linux-gnu"
+    script = qemu_versions.launcher(root, "aarch64", tmp_path / "qemu-system-aarch64")
+    for name in (
+        "usr/share/doc/qemu/index",
+        "usr/share/qemu/s390-ccw.img",
+        "usr/lib/x86_64-linux-gnu/gconv/x.so",
+        "usr/lib/x86_64-linux-gnu/qemu/accel-tcg.so",
+        "usr/lib/x86_64-linux-gnu/libc.so.6",
+        "etc/passwd",
+        "made",
+    ):
+        (root.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (root.path / name).write_text("x")
+    qemu_versions.keep_what_runs(root, root.path / "made")
+    left = {str(path.relative_to(root.path)) for path in root.path.rglob("*") if path.is_file()}
+    assert left == {
+        "usr/share/qemu/s390-ccw.img",
+        "usr/lib/x86_64-linux-gnu/qemu/accel-tcg.so",
+        "usr/lib/x86_64-linux-gnu/libc.so.6",
+        f"usr/lib/x86_64-linux-gnu/{(library / 'ld-linux-x86-64.so.2').name}",
+        "made",
+    }
+    subprocess.run([script, "--version"], capture_output=True, check=True)
+
+
 class Mirror:
     """What of apt is used to choose a package."""
 
