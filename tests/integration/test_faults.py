@@ -29,7 +29,8 @@ def test_container_survives_containerds_restart(containerd: Containerd) -> None:
     line = next(x for x in containerd.checked("tasks", "ls").splitlines() if x.startswith(container))
     assert line.split()[2] == "RUNNING"
     reader = containerd.popen("tasks", "attach", container)
-    assert containerd.exec(container, "sh", "-c", "echo the restart > /f").returncode == 0
+    # 137: the container ended on what it read, and its end killed the writer.
+    assert containerd.exec(container, "sh", "-c", "echo the restart > /f").returncode in (0, 137)
     out, _ = reader.communicate(timeout=60)
     assert (reader.returncode, out) == (9, b"after the restart\n")
     containerd.remove(container)
