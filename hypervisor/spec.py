@@ -78,6 +78,8 @@ class Nic:
     """Queue pairs: how many processors can send and receive at once."""
     vhost: bool = True
     """Let the host's kernel carry the packets where it can (`/dev/vhost-net`)."""
+    parent: int = 0
+    """Index of the interface in that namespace that the tap is a macvtap of; 0 makes an ordinary tap."""
 
 
 @dataclass(frozen=True, kw_only=True)

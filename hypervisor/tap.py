@@ -31,18 +31,23 @@ def open_tap(name: str, queues: int, undo: ExitStack) -> tuple[int, ...]:
 
     Raises HostUnsupported; OSError when the host is short of something.
     """
-    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
     fds = []
     for _ in range(queues):
         fd = _opened(_TUN, "load the kernel module tun")
         undo.callback(os.close, fd)
         try:
-            fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode(), flags))
+            set_up(fd, name, queues)
         except OSError as err:
             why = "the name is taken" if err.errno == errno.EBUSY else err.strerror
             raise HostUnsupported(f"cannot make the tap {name}: {why}") from err
         fds.append(fd)
     return tuple(fds)
+
+
+def set_up(fd: int, name: str, queues: int) -> None:
+    """Make a descriptor one of the tap's, in the way that QEMU wants it: with virtio's header. Raises OSError."""
+    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
+    fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode(), flags))
 
 
 def open_vhost_net(queues: int, undo: ExitStack) -> tuple[int, ...]:

@@ -28,8 +28,10 @@ IFADDR = struct.Struct("=BBBBI")
 ROUTE = struct.Struct("=BBBBBBBBI")
 NEIGHBOUR = struct.Struct("=BxxxiHBB")
 
-_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO = 1, 3, 4, 18
-_IFLA_INFO_KIND = 1
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_LINKINFO = 1, 3, 4, 5, 18
+_IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
+# <linux/if_link.h>: the one macvtap that an interface then has gets all that comes, and has its MAC address.
+_IFLA_MACVLAN_MODE, _MACVLAN_MODE_PASSTHRU = 1, 8
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 4, 8
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_METRICS, _RTA_TABLE = 1, 4, 5, 6, 7, 8, 15
 _RTAX_MTU = 2
@@ -184,6 +186,20 @@ def link_request(
     if mtu:
         words += attribute(_IFLA_MTU, mtu)
     return IFINFO.pack(0, 0, ifindex, flags, change) + words
+
+
+def new_link_request(name: str, kind: str) -> bytes:
+    """The body of an RTM_NEWLINK that makes an interface of a kind without settings."""
+    info = attribute(_IFLA_INFO_KIND, kind)
+    return bytes(IFINFO.size) + attribute(_IFLA_IFNAME, name) + attribute(_IFLA_LINKINFO, info)
+
+
+def new_macvtap_request(name: str, parent: int) -> bytes:
+    """The body of an RTM_NEWLINK that makes a macvtap on the interface with the index `parent`."""
+    settings = attribute(_IFLA_MACVLAN_MODE, _MACVLAN_MODE_PASSTHRU)
+    info = attribute(_IFLA_INFO_KIND, "macvtap") + attribute(_IFLA_INFO_DATA, settings)
+    words = (attribute(_IFLA_IFNAME, name), attribute(_IFLA_LINK, parent), attribute(_IFLA_LINKINFO, info))
+    return bytes(IFINFO.size) + b"".join(words)
 
 
 def mac_bytes(mac: str) -> bytes:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _NETLINK_ROUTE = 0  # <linux/netlink.h>
 # <linux/rtnetlink.h>
-RTM_NEWLINK, RTM_GETLINK = 16, 18
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_GETNEIGH = 28, 30
@@ -81,6 +81,20 @@ class Rtnetlink:
     ) -> None:
         """Change an interface's name, MTU in bytes, whether it is up, whether it asks for MAC addresses."""
         self.order(RTM_NEWLINK, 0, objects.link_request(ifindex, name=name, mtu=mtu, up=up, arp=arp))
+
+    def add_link(self, name: str, kind: str) -> None:
+        """Make an interface of a kind that needs no settings, such as `ifb`."""
+        flags = wire.NLM_F_CREATE | wire.NLM_F_EXCL
+        self.order(RTM_NEWLINK, flags, objects.new_link_request(name, kind))
+
+    def add_macvtap(self, name: str, parent: int) -> None:
+        """Make a macvtap that takes over the traffic of the interface with the index `parent`, with its MAC address."""
+        flags = wire.NLM_F_CREATE | wire.NLM_F_EXCL
+        self.order(RTM_NEWLINK, flags, objects.new_macvtap_request(name, parent))
+
+    def delete_link(self, ifindex: int) -> None:
+        """Remove an interface."""
+        self.order(RTM_DELLINK, 0, objects.IFINFO.pack(0, 0, ifindex, 0, 0))
 
     def add_address(self, address: Address) -> None:
         """Give an interface an address; one that it has already is fine."""

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from netlink.rtnl import Rtnetlink
 
 # <linux/rtnetlink.h>, <linux/pkt_sched.h>, <linux/if_ether.h>
-_RTM_NEWQDISC, _RTM_DELQDISC, _RTM_NEWTFILTER, _RTM_DELTFILTER, _RTM_GETTFILTER = 36, 37, 44, 45, 46
+RTM_NEWQDISC, RTM_DELQDISC, _RTM_NEWTFILTER, _RTM_DELTFILTER, _RTM_GETTFILTER = 36, 37, 44, 45, 46
 _HANDLE_INGRESS, _PARENT_INGRESS = 0xFFFF0000, 0xFFFFFFF1
 # The incoming half of a clsact queue, which others may have put there: sch_clsact takes the place of ingress.
 _PARENT_CLSACT_INGRESS = 0xFFFFFFF2
 _ETH_P_ALL = 3
 #: After everybody else's filters, which may drop or change what comes in.
 _PRIORITY = 0xC000
-_TCMSG = struct.Struct("=BxxxiIII")
-_TCA_KIND, _TCA_OPTIONS = 1, 2
+TCMSG = struct.Struct("=BxxxiIII")
+TCA_KIND, TCA_OPTIONS = 1, 2
 # <linux/pkt_cls.h>: a selector with one key, then an action.
 _TCA_U32_SEL, _TCA_U32_ACT = 5, 7
 _SELECTOR = struct.Struct("=BBBxHHhhI IIii")
@@ -39,11 +39,11 @@ _EGRESS_REDIR, _STOLEN = 1, 4
 def redirect(rtnl: Rtnetlink, source: int, target: int) -> None:
     """Let all that comes in on the interface with index `source` go out on `target`. Raises OSError."""
     try:
-        rtnl.order(_RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, _queue(source))
+        rtnl.order(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, _queue(source))
     except OSError as err:
         if err.errno != errno.EEXIST:
             raise
-    body = attribute(_TCA_KIND, "u32") + attribute(_TCA_OPTIONS, _everything_to(target))
+    body = attribute(TCA_KIND, "u32") + attribute(TCA_OPTIONS, _everything_to(target))
     try:
         rtnl.order(_RTM_NEWTFILTER, NLM_F_CREATE, _filter_head(source, _HANDLE_INGRESS) + body)
     except OSError as err:
@@ -57,13 +57,14 @@ def end_redirect(rtnl: Rtnetlink, source: int) -> None:
 
     Harmless when there is nothing to undo. Raises OSError.
     """
-    _order_if_there(rtnl, _RTM_DELTFILTER, _filter_head(source, _HANDLE_INGRESS))
-    _order_if_there(rtnl, _RTM_DELTFILTER, _filter_head(source, _PARENT_CLSACT_INGRESS))
-    if not rtnl.dump(_RTM_GETTFILTER, _TCMSG.pack(0, source, 0, _HANDLE_INGRESS, 0), _RTM_NEWTFILTER):
-        _order_if_there(rtnl, _RTM_DELQDISC, _queue(source))
+    order_if_there(rtnl, _RTM_DELTFILTER, _filter_head(source, _HANDLE_INGRESS))
+    order_if_there(rtnl, _RTM_DELTFILTER, _filter_head(source, _PARENT_CLSACT_INGRESS))
+    if not rtnl.dump(_RTM_GETTFILTER, TCMSG.pack(0, source, 0, _HANDLE_INGRESS, 0), _RTM_NEWTFILTER):
+        order_if_there(rtnl, RTM_DELQDISC, _queue(source))
 
 
-def _order_if_there(rtnl: Rtnetlink, kind: int, body: bytes) -> None:
+def order_if_there(rtnl: Rtnetlink, kind: int, body: bytes) -> None:
+    """Give an order to remove something, which may not be there. Raises OSError."""
     try:
         rtnl.order(kind, 0, body)
     except OSError as err:
@@ -72,13 +73,13 @@ def _order_if_there(rtnl: Rtnetlink, kind: int, body: bytes) -> None:
 
 
 def _queue(source: int) -> bytes:
-    return _TCMSG.pack(0, source, _HANDLE_INGRESS, _PARENT_INGRESS, 0) + attribute(_TCA_KIND, "ingress")
+    return TCMSG.pack(0, source, _HANDLE_INGRESS, _PARENT_INGRESS, 0) + attribute(TCA_KIND, "ingress")
 
 
 def _filter_head(index: int, parent: int) -> bytes:
     # The protocol is in network byte order.
     info = (_PRIORITY << 16) | struct.unpack("=H", struct.pack("!H", _ETH_P_ALL))[0]
-    return _TCMSG.pack(0, index, 0, parent, info)
+    return TCMSG.pack(0, index, 0, parent, info)
 
 
 def _everything_to(target: int) -> bytes:

@@ -26,6 +26,11 @@ _ONLINK = 4
 _ETHERNET_BYTES = 6
 
 
+def tap_of(ifindex: int) -> str:
+    """The name of the tap beside the interface with this index. 15 bytes hold every index that a namespace reaches."""
+    return f"tap{ifindex}{TAP_SUFFIX}"
+
+
 class Interface(NamedTuple):
     """One interface of the pod with its addresses."""
 
@@ -39,8 +44,8 @@ class Interface(NamedTuple):
 
     @property
     def tap(self) -> str:
-        """The name of its tap: 15 bytes hold every index."""
-        return f"tap{self.link.ifindex}{TAP_SUFFIX}"
+        """The name of its tap."""
+        return tap_of(self.link.ifindex)
 
 
 class Snapshot(NamedTuple):

@@ -1,10 +1,10 @@
 """The pod's network in the guest: taps beside the pod's interfaces, packets from one to the other, and news of changes.
 
 Everything of the pod's network namespace is mirrored: the interfaces that are there when the machine starts are built
-into it, later ones are plugged in, and what changes is told to the guest when the kernel tells us. Packets cross by
-traffic control, which works with every kind of interface.
+into it, later ones are plugged in, and what changes is told to the guest when the kernel tells us. How the packets
+cross is in `shim.crossing`.
 
-The taps go with QEMU, who alone has them open. What is left to undo are the redirections on the pod's own interfaces.
+Taps go with QEMU, who alone has them open. What is left to undo are macvtaps, and what was put on the pod's interfaces.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import structlog
 from hypervisor.errors import HostUnsupported, HypervisorError
 from hypervisor.netns import entered, new_netns
 from hypervisor.spec import Nic
-from netlink import tc
 from netlink.rtnl import Rtnetlink, changes, drain
+from shim import crossing
 from shim.errors import NetworkNotMirrored
 from shim.interfaces import Snapshot, interface_to_proto, neighbours_to_proto, routes_to_proto, scan
 from ttrpc import RpcError
@@ -57,11 +57,13 @@ class PodNetwork:
         remember: Callable[[Path, list[int]], None],
         *,
         mirrored: bool,
+        macvtap: bool = False,
     ) -> None:
         self.netns = netns
         self.nic_ports = NIC_PORTS if mirrored else 0
         self._settings = settings
         self._remember = remember
+        self._macvtap = macvtap
         self._joined: set[int] = set()
         self._told = Snapshot()
         self._snapshot = Snapshot()
@@ -74,6 +76,9 @@ class PodNetwork:
                 self._snapshot = scan(self._rtnl)
             self._undo = undo.pop_all()
         self.nics = tuple(map(self._nic, self._snapshot.interfaces))
+        if macvtap:  # they come before the machine, and do not go with it
+            for interface in self._snapshot.interfaces:
+                self._expect(interface)
 
     def owns(self, resources: ExitStack) -> None:
         """Close them with the network."""
@@ -125,9 +130,9 @@ class PodNetwork:
         """Undo `join`: the machine is gone. Another one starts from nothing. Harmless when repeated."""
         for ifindex in self._joined:
             try:
-                tc.end_redirect(self._rtnl, ifindex)
+                crossing.part(self._rtnl, ifindex)
             except OSError as err:
-                log.warning("redirection_not_undone", ifindex=ifindex, error=str(err))
+                log.warning("interface_not_parted", ifindex=ifindex, error=str(err))
         self._joined.clear()
         self._told = Snapshot()
 
@@ -143,6 +148,7 @@ class PodNetwork:
         for interface in self._snapshot.interfaces:
             if interface.key not in here:
                 await machine.unplug_nic(self._nic(interface).id)
+                crossing.part(self._rtnl, interface.link.ifindex)  # it may be there, with another MAC address
                 self._joined.discard(interface.link.ifindex)
                 self._snapshot = self._snapshot.without(interface)
                 self._told = self._told.without(interface)
@@ -150,15 +156,25 @@ class PodNetwork:
         for interface in now.interfaces:
             if interface.key not in there:
                 try:
-                    await machine.plug_nic(self._nic(interface))
+                    await self._plug(interface, machine)
                 except HypervisorError as err:
                     log.error("interface_not_mirrored", interface=interface.link.name, error=str(err))
                     now = now.without(interface)
                     continue
-                self._join(interface)
                 log.info("interface_plugged", interface=interface.link.name, mac=interface.link.mac)
         self._snapshot = now
         await self.tell(agent)
+
+    async def _plug(self, interface: Interface, machine: Machine) -> None:
+        self._expect(interface)
+        nic = self._nic(interface)
+        await machine.plug_nic(nic)
+        try:
+            self._join(interface)
+        except (HypervisorError, OSError):
+            await machine.unplug_nic(nic.id)
+            crossing.part(self._rtnl, interface.link.ifindex)
+            raise
 
     def _nic(self, interface: Interface) -> Nic:
         return Nic(
@@ -167,17 +183,19 @@ class PodNetwork:
             tap=interface.tap,
             queues=self._settings.network_queues,
             vhost=not self._settings.disable_vhost_net,
+            parent=interface.link.ifindex if self._macvtap else 0,
         )
 
+    def _expect(self, interface: Interface) -> None:
+        """Something is about to be put on the interface, or beside it, that has to be undone."""
+        if interface.link.ifindex not in self._joined:
+            self._joined.add(interface.link.ifindex)
+            assert self.netns is not None
+            self._remember(self.netns, sorted(self._joined))
+
     def _join(self, interface: Interface) -> None:
-        link = interface.link
-        tap = next(other.ifindex for other in self._rtnl.links() if other.name == interface.tap)
-        self._joined.add(link.ifindex)
-        assert self.netns is not None
-        self._remember(self.netns, sorted(self._joined))
-        self._rtnl.set_link(tap, mtu=link.mtu, up=True)
-        tc.redirect(self._rtnl, link.ifindex, tap)
-        tc.redirect(self._rtnl, tap, link.ifindex)
+        self._expect(interface)
+        crossing.join(self._rtnl, interface.link, self._settings, macvtap=self._macvtap)
 
 
 def network_of(pod: Pod, config: Config, remember: Callable[[Path, list[int]], None]) -> PodNetwork:
@@ -204,7 +222,8 @@ def _network_of(pod: Pod, config: Config, remember: Callable[[Path, list[int]], 
         mirrored = netns is not None and config.runtime.internetworking_model != "none"
         if pod.host_network:
             log.warning("host_network_not_mirrored", reason="a guest has no part in the host's own network")
-        network = PodNetwork(netns, config.hypervisor, remember, mirrored=mirrored)
+        macvtap = mirrored and config.runtime.internetworking_model == "macvtap"
+        network = PodNetwork(netns, config.hypervisor, remember, mirrored=mirrored, macvtap=macvtap)
         network.owns(undo.pop_all())
     return network
 
@@ -217,6 +236,6 @@ def forget(netns: str, ifindexes: Iterable[int]) -> None:
     try:
         with entered(Path(netns)), Rtnetlink() as rtnetlink:
             for ifindex in ifindexes:
-                tc.end_redirect(rtnetlink, ifindex)
+                crossing.part(rtnetlink, ifindex)
     except HostUnsupported:
         return

@@ -29,6 +29,7 @@ LATE = (
     "hypervisor.qemu.dump",
     "hypervisor.qemu.events",
     "hypervisor.extension",
+    "hypervisor.macvtap",
     "hypervisor.qemu.extras",
     "hypervisor.qemu.memory",
     "hypervisor.qemu.nic",

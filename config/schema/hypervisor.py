@@ -29,7 +29,7 @@ _TEMPLATE_ONLY = "of templates, and every sandbox boots its own guest"
 _SWAP_ONLY = "of use only with `enable_guest_swap`"
 _STORE_ONLY = "of use only with `enable_vhost_user_store`"
 _REMOTE_ONLY = "of hypervisors on other machines"
-_NO_RATE = "the guest's packets are not limited"
+_EACH = "each network interface of the guest"
 _NO_PASSTHROUGH = "no device of the host reaches a guest, and a container that brings one is refused"
 _NO_DISK_LIMIT = "the guest's disks are images that are only read; limit the I/O of containers instead"
 _NO_DAX = "no QEMU has that window"
@@ -529,10 +529,10 @@ class Qemu(Section, frozen=True):
         Count, key("now", "Queue pairs of each network device. 0 is 1; more than 256 is 256.")
     ] = 1
     rx_rate_limiter_max_rate: Annotated[
-        Wide, key("warned", "Limit of what the guest receives; 0 is none.", unit="bit/s", why=_NO_RATE)
+        Wide, key("now", f"Limit of what {_EACH} receives; 0 is none.", unit="bit/s")
     ] = 0
     tx_rate_limiter_max_rate: Annotated[
-        Wide, key("warned", "Limit of what the guest sends; 0 is none.", unit="bit/s", why=_NO_RATE)
+        Wide, key("now", f"Limit of what {_EACH} sends; 0 is none.", unit="bit/s")
     ] = 0
     entropy_source: Annotated[
         str,

@@ -25,11 +25,12 @@ class Runtime(Section, frozen=True):
         bool, key("now", "The shim logs at debug level. Raises `log_level` from info to debug.")
     ] = False
     internetworking_model: Annotated[
-        Literal["tcfilter", "none"],
+        Literal["tcfilter", "macvtap", "none"],
         key(
             "now",
             "How the guest's network devices join the interfaces of the pod's network namespace: by traffic control "
-            "(`tcfilter`), or not at all (`none`).",
+            "(`tcfilter`), by a `macvtap` on each, which bridges' ports and macvlans cannot have, or not at all "
+            "(`none`).",
             hint="use tcfilter, which joins interfaces of every kind",
         ),
     ] = "tcfilter"

@@ -126,7 +126,12 @@ def opened(nic: Nic, undo: ExitStack) -> NicFds:
 
     Raises HostUnsupported.
     """
-    tap = open_tap(nic.tap, nic.queues, undo)
+    if nic.parent:
+        from hypervisor.macvtap import open_macvtap
+
+        tap = open_macvtap(nic.tap, nic.parent, nic.queues, undo)
+    else:
+        tap = open_tap(nic.tap, nic.queues, undo)
     return NicFds(tap, open_vhost_net(nic.queues, undo) if nic.vhost else ())
 
 

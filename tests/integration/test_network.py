@@ -33,6 +33,9 @@ SEEN_TIMEOUT_S = 60.0
 POLL_PAUSE_S = 0.05
 SLEEP = ("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done")
 ROUNDS = 20
+# Bits per second, and the bytes that are let through at once.
+RATE, BURST_BYTES = 4_000_000, 65536
+SENT_BYTES = 1 << 20
 
 
 def ip(words: str) -> str:
@@ -67,6 +70,17 @@ class Namespace:
             ["tc", "-n", self.name, "qdisc", "show"], check=True, capture_output=True, text=True
         )
         return sorted(line.split()[4] for line in shown.stdout.splitlines() if line.split()[1] == "ingress")
+
+    def limits(self) -> int:
+        """How many interfaces of the namespace have a limit to what they send."""
+        shown = subprocess.run(
+            ["tc", "-n", self.name, "qdisc", "show"], check=True, capture_output=True, text=True
+        )
+        return sum(line.split()[1] == "htb" for line in shown.stdout.splitlines())
+
+    def of_kind(self, kind: str) -> list[str]:
+        """The interfaces of a kind."""
+        return self.ip(f"-br link show type {kind}").splitlines()
 
 
 @pytest.fixture
@@ -212,6 +226,33 @@ def test_no_network_on_request(containerd: Containerd, wired: Namespace) -> None
         file.write('\n[runtime]\ninternetworking_model = "none"\n')
     done = containerd.run("ls", "/sys/class/net", options=["--rm", "--with-ns", f"network:{wired.path}"])
     assert done.stdout.split() == ["lo"]
+
+
+@pytest.mark.usefixtures("restored_configuration")
+@pytest.mark.parametrize("model", ["tcfilter", "macvtap"])
+def test_models_and_rates(containerd: Containerd, wired: Namespace, tmp_path: Path, model: str) -> None:
+    """Both ways to join interfaces carry packets in both directions, and no faster than allowed."""
+    rates = f"rx_rate_limiter_max_rate = {RATE}\ntx_rate_limiter_max_rate = {RATE}\n"
+    text = containerd.config.read_text().replace("[hypervisor.qemu]\n", f"[hypervisor.qemu]\n{rates}")
+    containerd.config.write_text(f'{text}\n[runtime]\ninternetworking_model = "{model}"\n')
+    (tmp_path / "page").write_bytes(os.urandom(SENT_BYTES))
+    serve = ("sh", "-c", "mkdir /www; exec httpd -f -p 8080 -h /www")
+    container = containerd.start(*serve, options=["--with-ns", f"network:{wired.path}"])
+    assert f"{GUEST}/24" in in_guest(containerd, container, "ip", "address", "show", "eth0")
+    # What may be sent at once does not wait; packets' headers and a slow guest only make it longer.
+    shortest_s = 0.8 * (SENT_BYTES - BURST_BYTES) * 8 / RATE
+    with web_server(tmp_path, HOST) as port:
+        began = time.monotonic()
+        in_guest(containerd, container, "wget", "-q", "-O", "/www/page", f"http://{HOST}:{port}/page")
+        assert time.monotonic() - began > shortest_s
+    began = time.monotonic()
+    with urllib.request.urlopen(f"http://{GUEST}:8080/page", timeout=SEEN_TIMEOUT_S) as answer:
+        assert answer.read() == (tmp_path / "page").read_bytes()
+    assert time.monotonic() - began > shortest_s
+    assert len(wired.of_kind("macvtap")) == (model == "macvtap")
+    assert wired.limits() == 2
+    containerd.remove(container)
+    assert wired.limits() == 0
 
 
 @pytest.mark.timeout(600)

@@ -45,6 +45,8 @@ SETS: dict[str, tuple[str, str, object]] = {
         ("enable_iommu", "true", "", True),
         ("disable_vhost_net", "true", "", True),
         ("network_queues", "2", "", 2),
+        ("rx_rate_limiter_max_rate", "5", "", 5),
+        ("tx_rate_limiter_max_rate", "6", "", 6),
         ("enable_virtio_mem", "true", "", True),
         ("reclaim_guest_freed_memory", "true", "", True),
         ("enable_mem_prealloc", "true", "", True),
@@ -113,8 +115,6 @@ WARNS: dict[str, tuple[str, str]] = (
             "cold_plug_vfio": "root-port",
             "hot_plug_vfio": "root-port",
             "hotplug_vfio_on_root_bus": "true",
-            "rx_rate_limiter_max_rate": "1",
-            "tx_rate_limiter_max_rate": "1",
         }.items()
     }
     | {

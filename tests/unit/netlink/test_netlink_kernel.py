@@ -5,12 +5,13 @@ from __future__ import annotations
 import select
 import socket
 import subprocess
+import time
 from socket import AF_INET, AF_INET6
 from typing import TYPE_CHECKING
 
 import pytest
 
-from netlink import objects, tc
+from netlink import objects, shaping, tc
 from netlink.objects import Address, Neighbour, Route
 from netlink.rtnl import Rtnetlink, changes, drain
 from tests.support.namespaces import in_network_namespace
@@ -183,5 +184,87 @@ def test_more_changes_than_fit_are_still_told() -> None:
             subprocess.run(["ip", "-batch", "-"], input=batch, text=True, check=True)
             drain(news)
             assert select.select([news], [], [], 0)[0] == []
+
+    in_network_namespace(work)
+
+
+def test_a_limit_holds() -> None:
+    """A burst of frames takes as long as the rate says; without a limit it is gone at once."""
+    frames, frame = 200, bytes(12) + b"\x88\xb5" + bytes(1386)
+    bits_per_s = 2_000_000
+
+    def seconds_for_all() -> float:
+        with (
+            socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as near,
+            socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5)) as far,
+        ):
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+            far.bind(("a1", 0x88B5))
+            far.settimeout(60)
+            began = time.monotonic()
+            for _ in range(frames):
+                near.sendto(frame, ("a0", 0))
+            for _ in range(frames):
+                assert len(far.recv(2000)) == len(frame)
+            return time.monotonic() - began
+
+    def work() -> None:
+        with Rtnetlink() as rtnl:
+            links = two_pairs(rtnl)
+            unlimited_s = seconds_for_all()
+            shaping.limit(rtnl, links["a0"].ifindex, bits_per_s)
+            limited_s = seconds_for_all()
+            burst_bytes = 65536
+            assert limited_s > 0.8 * (frames * len(frame) - burst_bytes) * 8 / bits_per_s
+            assert limited_s > 3 * unlimited_s
+            shaping.end_limit(rtnl, links["a0"].ifindex)
+            assert seconds_for_all() < limited_s
+
+    in_network_namespace(work)
+
+
+@pytest.mark.parametrize(
+    ("bits_per_s", "shown"),
+    [(1, "8bit"), (9_999_999, "9999Kbit"), (10_000_000, "10Mbit"), (100_000_000_000, "100Gbit")],
+)
+def test_limits_come_and_go(bits_per_s: int, shown: str) -> None:
+    def work() -> None:
+        with Rtnetlink() as rtnl:
+            links = two_pairs(rtnl)
+            a0, b0 = links["a0"].ifindex, links["b0"].ifindex
+            shaping.limit(rtnl, a0, bits_per_s)
+            assert f" rate {shown} ceil {shown} " in said("tc", "class", "show", "dev", "a0")
+            assert "default 0x1 " in said("tc", "qdisc", "show", "dev", "a0")
+            with pytest.raises(OSError, match="File exists"):
+                shaping.limit(rtnl, a0, bits_per_s)
+            said("tc", "qdisc", "add", "dev", "b0", "root", "pfifo")
+            with pytest.raises(OSError, match="File exists"):
+                shaping.limit(rtnl, b0, bits_per_s)
+            for ifindex in (a0, a0, b0, 999):
+                shaping.end_limit(rtnl, ifindex)
+            assert "htb" not in said("tc", "qdisc", "show")
+            assert "pfifo" in said("tc", "qdisc", "show", "dev", "b0")
+
+    in_network_namespace(work)
+
+
+def test_interfaces_are_made_and_removed() -> None:
+    def work() -> None:
+        with Rtnetlink() as rtnl:
+            a0 = two_pairs(rtnl)["a0"]
+            rtnl.add_link("detour", "ifb")
+            rtnl.add_macvtap("tap0", a0.ifindex)
+            links = {link.name: link for link in rtnl.links()}
+            assert links["detour"].kind == "ifb"
+            assert (links["tap0"].kind, links["tap0"].mac) == ("macvtap", a0.mac)
+            assert "passthru" in said("ip", "-d", "link", "show", "tap0")
+            with pytest.raises(OSError, match="File exists"):
+                rtnl.add_link("detour", "ifb")
+            for name in ("detour", "tap0"):
+                rtnl.delete_link(links[name].ifindex)
+            assert not {"detour", "tap0"} & {link.name for link in rtnl.links()}
+            with pytest.raises(OSError, match="No such device"):
+                rtnl.delete_link(links["tap0"].ifindex)
 
     in_network_namespace(work)

@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 from contextlib import asynccontextmanager, nullcontext, suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +26,7 @@ from hypervisor.qemu.cmdline import Fds, build_cmdline
 from hypervisor.qemu.nic import NicFds
 from netlink.objects import IFF_UP, Link
 from shim import agent as agent_of_shim
-from shim import agent_log, boot, network, paths, sandbox
+from shim import agent_log, boot, crossing, network, paths, sandbox
 from shim.agent import connected
 from shim.errors import ShimError
 from shim.interfaces import Interface, Snapshot
@@ -42,8 +43,10 @@ if TYPE_CHECKING:
     import pytest
 
     from agent_proto.client import AgentClient
+    from config.schema import Qemu
     from hypervisor import host as hosts
     from hypervisor.spec import VmSpec
+    from netlink.rtnl import Rtnetlink
 
 SPEC: dict[str, Any] = {
     "ociVersion": "1.0.2",
@@ -148,7 +151,8 @@ async def done_by(
         patch.setattr(network, "new_netns", lambda: os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
         patch.setattr(network, "entered", lambda netns: nullcontext())
         patch.setattr(network, "scan", lambda rtnl: Snapshot((ETH0,)))
-        patch.setattr(network.PodNetwork, "join", lambda self: None)
+        patch.setattr(crossing, "join", partial(_join, seen))
+        patch.setattr(crossing, "part", lambda rtnl, ifindex: None)
         patch.setattr(boot, "booted", lambda spec, listeners: _booted(spec, folder, seen))
         patch.setattr(agent_log, "forward", lambda machine, port, least: _forward(seen, port, least))
         patch.setattr(agent_of_shim, "connected", lambda *args: _connected(seen, *args))
@@ -182,6 +186,11 @@ async def _booted(spec: VmSpec, folder: Path, seen: list[str]) -> AsyncIterator[
     argv = build_cmdline(spec, fds)
     seen += [*argv, str(spec)]
     yield Machine(folder / "agent.sock", seen)
+
+
+def _join(seen: list[str], rtnl: Rtnetlink, link: Link, settings: Qemu, *, macvtap: bool) -> None:
+    rates = settings.rx_rate_limiter_max_rate, settings.tx_rate_limiter_max_rate
+    seen.append(f"{link.name} joined, macvtap={macvtap}, bits per second in and out: {rates}")
 
 
 def _connected(seen: list[str], *args: Any) -> AbstractAsyncContextManager[AgentClient]:

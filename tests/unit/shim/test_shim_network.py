@@ -6,7 +6,11 @@ Interfaces are real, in a namespace of the test's own; QEMU and the guest's agen
 from __future__ import annotations
 
 import asyncio
+import os
+import select
+import socket
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +18,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from config.schema import Qemu
-from hypervisor.errors import HotplugRefused
+from hypervisor.errors import HostUnsupported, HotplugRefused
+from hypervisor.qemu.nic import opened
 from shim.errors import NetworkNotMirrored
 from shim.network import PodNetwork, forget
 from tests.support.namespaces import in_network_namespace
@@ -126,6 +131,8 @@ def test_what_is_there_at_first() -> None:
         await network.tell(guest)
         assert len(guest.asked) == told
         network.part()
+        for nic in network.nics:  # of another machine
+            ip(f"link add name {nic.tap} type bridge")
         network.join()
         await network.tell(guest)
         assert len(guest.asked) == 2 * told
@@ -204,5 +211,141 @@ def test_a_later_process_undoes_what_is_left(tmp_path: Path) -> None:
             forget(OWN, [*ifindexes, 999])
             assert "eth0" not in redirected()
         forget(str(tmp_path / "nowhere"), ifindexes)
+
+    in_network_namespace(work)
+
+
+def macvtaps() -> list[str]:
+    return sorted(line.split("@")[0] for line in ip("-br link show type macvtap").splitlines())
+
+
+def limits() -> list[tuple[str, str]]:
+    """Interfaces with a limit, and the limit."""
+    found = []
+    for link in ip("-br link").splitlines():
+        name = link.split()[0].partition("@")[0]
+        shown = subprocess.run(
+            ["tc", "class", "show", "dev", name], check=True, capture_output=True, text=True
+        )
+        found += [(name, line.partition(" rate ")[2].split()[0]) for line in shown.stdout.splitlines()]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("macvtap", [False, True])
+def test_rates_are_limited(*, macvtap: bool) -> None:
+    async def run() -> None:
+        for order in ETH0:
+            ip(order)
+        ip("link set far down")
+        eth0 = next(line.split(":")[0] for line in ip("-o link show eth0").splitlines())
+        settings = Qemu(rx_rate_limiter_max_rate=3_000_000, tx_rate_limiter_max_rate=5_000_000)
+        with ExitStack() as undo:
+            network = PodNetwork(
+                Path(OWN), settings, lambda netns, ifindexes: None, mirrored=True, macvtap=macvtap
+            )
+            for nic in network.nics:
+                assert len(opened(nic, undo).tap) == 1
+            network.join()
+            towards = "ifb" if macvtap else "tap"
+            assert limits() == [("eth0", "5Mbit"), (f"{towards}{eth0}_kata", "3Mbit")]
+            assert redirected() == (["eth0"] if macvtap else ["eth0", f"tap{eth0}_kata"])
+            network.part()
+            network.part()
+            assert [entry for entry in limits() if entry[0] == "eth0"] == []
+            assert "kata" not in ip("link")
+            network.close()
+
+    in_network_namespace(lambda: asyncio.run(run()))
+
+
+def test_a_rate_that_cannot_be_limited_is_named() -> None:
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        network._settings = Qemu(tx_rate_limiter_max_rate=8000)
+        subprocess.run(["tc", "qdisc", "add", "dev", "eth0", "root", "pfifo"], check=True)
+        with pytest.raises(
+            HostUnsupported, match=r"tx_rate_limiter_max_rate: .* eth0 .*something else manages"
+        ):
+            network.join()
+
+    with_network(work, *ETH0[:1], *ETH0[2:])
+
+
+def test_macvtaps_are_made_opened_and_removed() -> None:
+    def work() -> None:
+        for order in ETH0:
+            ip(order)
+        ip("link set far down")
+        remembered: list[list[int]] = []
+        network = PodNetwork(
+            Path(OWN),
+            Qemu(network_queues=2),
+            lambda _, indices: remembered.append(indices),
+            mirrored=True,
+            macvtap=True,
+        )
+        (nic,) = network.nics
+        # Who finds the record after a crash knows of the macvtap before it exists.
+        assert (remembered, macvtaps()) == ([[nic.parent]], [])
+        with ExitStack() as undo:
+            first, second = opened(nic, undo).tap
+            network.join()
+            assert macvtaps() == [nic.tap]
+            assert nic.mac in ip(f"link show {nic.tap}")
+            far = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5))
+            ip("link set far up")
+            with far:
+                far.bind(("far", 0x88B5))
+                far.settimeout(60)
+                frame = bytes.fromhex("ffffffffffff") + bytes(6) + b"\x88\xb5" + b"from the guest".ljust(46)
+                os.write(first, bytes(10) + frame)
+                assert far.recv(100) == frame
+                back = bytes.fromhex("0a580ad50002") + bytes(6) + b"\x88\xb6" + b"to the guest".ljust(46)
+                far.send(back)
+                ready = select.poll()
+                for fd in (first, second):
+                    ready.register(fd, select.POLLIN)
+                seen = b""
+                while not seen.endswith(back):
+                    (fd, _), *_ = ready.poll(60_000)
+                    seen = os.read(fd, 2000)
+        assert macvtaps() == [nic.tap]  # with no descriptor left
+        with (
+            pytest.raises(HostUnsupported, match=r"interface eth0 of the pod \(veth\): "),
+            ExitStack() as undo,
+        ):
+            opened(nic, undo)
+        forget(OWN, remembered[-1])
+        assert macvtaps() == []
+        network.close()
+
+    in_network_namespace(work)
+
+
+def test_interfaces_that_no_macvtap_can_be_on() -> None:
+    def work() -> None:
+        for order in ETH0:
+            ip(order)
+        ip("link set far down")
+        ip("link add name br0 type bridge")
+        ip("link set eth0 master br0")
+        network = PodNetwork(Path(OWN), Qemu(), lambda _, indices: None, mirrored=True, macvtap=True)
+        (nic,) = network.nics
+        words = r"interface eth0 of the pod .veth.: something else takes its packets already; set internetworking_model"
+        with pytest.raises(HostUnsupported, match=words), ExitStack() as undo:
+            opened(nic, undo)
+        ip("link set eth0 nomaster")
+        ip("link add link eth0 name mac0 type macvlan mode bridge")
+        ip("link set mac0 up")
+        network = PodNetwork(Path(OWN), Qemu(), lambda _, indices: None, mirrored=True, macvtap=True)
+        mac0 = next(nic for nic in network.nics if nic.mac in ip("link show mac0"))
+        with (
+            pytest.raises(HostUnsupported, match=r"mac0 of the pod .macvlan.: Invalid argument"),
+            ExitStack() as undo,
+        ):
+            opened(mac0, undo)
+        ip("link delete mac0")
+        with pytest.raises(HostUnsupported, match="is gone"), ExitStack() as undo:
+            opened(mac0, undo)
+        assert macvtaps() == []
 
     in_network_namespace(work)
