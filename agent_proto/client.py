@@ -241,6 +241,14 @@ class AgentClient:
         """Send a signal to every process of a container; no process left is no error."""
         return await self._extension(services.SIGNAL_CONTAINER, request, self._timeout_s)
 
+    async def update_mirror(self, request: kata_py_agent_pb2.UpdateMirrorRequest) -> Empty:
+        """Send one piece of a directory that the guest keeps a copy of. Our first agents answer UNIMPLEMENTED."""
+        return await self._extension(services.UPDATE_MIRROR, request, self._timeout_s)
+
+    async def remove_mirror(self, request: kata_py_agent_pb2.RemoveMirrorRequest) -> Empty:
+        """Let the guest forget such a copy."""
+        return await self._extension(services.REMOVE_MIRROR, request, self._timeout_s)
+
     async def _agent(
         self, method: Method[Request, Response], request: Request, timeout_s: float | None
     ) -> Response:

@@ -125,7 +125,12 @@ LIST_PROCESSES = Method(
 )
 SIGNAL_CONTAINER = Method("SignalContainer", kata_py_agent_pb2.SignalContainerRequest, Empty)
 
-EXTENSIONS = Service("kata_py.agent.v1.Extensions", (LIST_PROCESSES, SIGNAL_CONTAINER))
+UPDATE_MIRROR = Method("UpdateMirror", kata_py_agent_pb2.UpdateMirrorRequest, Empty)
+REMOVE_MIRROR = Method("RemoveMirror", kata_py_agent_pb2.RemoveMirrorRequest, Empty)
+
+EXTENSIONS = Service(
+    "kata_py.agent.v1.Extensions", (LIST_PROCESSES, SIGNAL_CONTAINER, UPDATE_MIRROR, REMOVE_MIRROR)
+)
 
 EXTENSIONS_FEATURE = kata_py_agent_pb2.DESCRIPTOR.package
 """The word among an agent's extra features that says it serves EXTENSIONS."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from agent_proto.gen import agent_pb2
     from guest_agent.crun import Crun
     from guest_agent.log import Log
+    from guest_agent.mirror import Mirrors
     from guest_agent.modules import Modules
     from guest_agent.pidns import PidNamespace
     from guest_agent.process import Process
@@ -70,6 +71,7 @@ class Sandbox:
         self._containers: dict[str, Container] = {}
         self._sandbox_container: Container | None = None
         self._own_pid_namespace: PidNamespace | None = None
+        self._mirrors: Mirrors | None = None
         self.oom_reports = OomReports()
 
     def container(self, container_id: str) -> Container:
@@ -86,6 +88,15 @@ class Sandbox:
     def load_driver(self, name: str) -> None:
         """Load a kernel module that the image brings, unless it is built in. Raises OSError."""
         self._modules.load_if_present(name)
+
+    @property
+    def mirrors(self) -> Mirrors:
+        """The copies of the host's directories."""
+        if self._mirrors is None:
+            from guest_agent.mirror import Mirrors
+
+            self._mirrors = Mirrors(f"{SANDBOX_DIR}/mirrors")
+        return self._mirrors
 
     def prepare(self) -> None:
         """What the first container needs done, if it is not done yet. Raises OSError."""

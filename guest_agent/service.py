@@ -85,7 +85,12 @@ class AgentService:
         return {"Check": self.check, "Version": self.version}
 
     def extension_handlers(self) -> dict[str, Handler]:
-        return {"ListProcesses": self.list_processes, "SignalContainer": self.signal_container}
+        return {
+            "ListProcesses": self.list_processes,
+            "SignalContainer": self.signal_container,
+            "UpdateMirror": self.update_mirror,
+            "RemoveMirror": self.remove_mirror,
+        }
 
     async def _finish(self, work: Coroutine[object, object, None]) -> Empty:
         """Do the work to its end, whether or not somebody still waits for the answer."""
@@ -366,6 +371,12 @@ class AgentService:
         _check_signal(request.signal)
         self._sandbox.container(request.container_id).cgroup.signal(request.signal)
         return Empty()
+
+    async def update_mirror(self, request: kata_py_agent_pb2.UpdateMirrorRequest, call: Call) -> Empty:
+        return await self._finish(self._sandbox.mirrors.update(request))
+
+    async def remove_mirror(self, request: kata_py_agent_pb2.RemoveMirrorRequest, call: Call) -> Empty:
+        return await self._finish(self._sandbox.mirrors.remove(request.name))
 
 
 def _check_signal(number: int) -> None:

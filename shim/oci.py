@@ -6,6 +6,7 @@ rewritten here, so that nothing of the host's layout is ever told to the guest.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -40,6 +41,11 @@ _REFUSED_ANNOTATIONS = {
 }
 # Containers' names in annotations, of containerd and of CRI-O.
 _NAMES = ("io.kubernetes.cri.container-name", "io.kubernetes.cri-o.ContainerName")
+# Volumes that a kubelet changes while containers use them. Its directory may be anywhere (--root-dir); what is below a
+# pod's is always this.
+_KUBELETS = re.compile(
+    r"/pods/[^/]+/volumes/kubernetes\.io~(configmap|secret|projected|downward-api)/[^/]+/?\Z"
+)
 # Where VFIO has its groups and devices.
 _PASSED_THROUGH = "/dev/vfio/"
 
@@ -187,6 +193,11 @@ def is_pods_shm(mount: oci_pb2.Mount, ids: Collection[str]) -> bool:
 def is_bind(mount: oci_pb2.Mount) -> bool:
     """Whether it is a bind mount, in any of the ways to say that."""
     return mount.type == "bind" or not {"bind", "rbind"}.isdisjoint(mount.options)
+
+
+def is_kubelets(source: str, options: Collection[str]) -> bool:
+    """Whether a bind mount is of a directory that a kubelet changes, and the container cannot."""
+    return "ro" in options and _KUBELETS.search(source) is not None
 
 
 def _fill(message: Message, raw: dict[str, Any], where: str) -> None:

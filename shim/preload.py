@@ -43,6 +43,7 @@ LATE = (
     "shim.agent",
     "shim.api.gen.pod_pb2",
     "shim.confidential",
+    "shim.mirror",
 )
 
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from agent_proto.client import AgentClient
+    from agent_proto.gen.oci_pb2 import Mount as OciMount
     from agent_proto.gen.oci_pb2 import Process as OciProcess
     from agent_proto.gen.oci_pb2 import Spec as OciSpec
     from hypervisor.qemu.machine import Machine
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from shim.boot import Boot
     from shim.events import Publisher
     from shim.io import Stdio
+    from shim.mirror import Mirrors
     from shim.share import SharedDir
 
 T = TypeVar("T")
@@ -100,6 +102,7 @@ class Sandbox:
         self._background: set[asyncio.Task[None]] = set()
         self._machine: Machine | None = None
         self._inside: Guest | None = None
+        self._mirrors: Mirrors | None = None
         self._up: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
@@ -181,6 +184,8 @@ class Sandbox:
 
     async def _stop(self) -> None:
         await self._let_go()
+        if self._mirrors is not None:
+            self._mirrors.close()
         self._end_all()
         await self._resources.aclose()
         await self._boot.aclose()
@@ -228,8 +233,9 @@ class Sandbox:
             if spec.Linux.HasField("Seccomp"):
                 architecture.fit_seccomp(spec.Linux.Seccomp, self._boot.config.hypervisor.machine_type)
             self._add_pod_settings(spec)
-            self._share_mounts(spec, bundle, undo)
+            kubelets = self._share_mounts(spec, bundle, undo)
             guest, machine = await self._guest()
+            await self._mirror(kubelets, guest, undo)
             message = agent_pb2.CreateContainerRequest(
                 container_id=request.container_id,
                 exec_id=request.container_id,
@@ -321,8 +327,10 @@ class Sandbox:
             if name not in spec.Linux.Sysctl:
                 spec.Linux.Sysctl[name] = value
 
-    def _share_mounts(self, spec: OciSpec, bundle: Bundle, undo: ExitStack) -> None:
-        """Make host directories and files of the spec's mounts reachable in the guest, and name them so."""
+    def _share_mounts(self, spec: OciSpec, bundle: Bundle, undo: ExitStack) -> list[tuple[str, OciMount]]:
+        """Make host directories and files of the spec's mounts reachable in the guest, and name them so. Returns those
+        that a kubelet changes, each with its source on the host."""
+        kubelets = []
         for mount in spec.Mounts:
             if oci.is_pods_shm(mount, (self.id, bundle.container_id)):
                 mount.type, mount.source = "bind", f"{_SANDBOX_DIR}/shm"
@@ -331,8 +339,22 @@ class Sandbox:
                 # A relative source is relative to the bundle (runtime-spec config.md, "Mounts").
                 source = str(bundle.path / mount.source)
                 mount.source, inherited = self._share.add_volume(source, mount.options, undo)
+                if oci.is_kubelets(source, mount.options):
+                    kubelets.append((source, mount))
                 mount.options.extend(inherited)
                 mount.type = "bind"
+        return kubelets
+
+    async def _mirror(self, kubelets: Sequence[tuple[str, OciMount]], guest: Guest, undo: ExitStack) -> None:
+        """Where the guest can have a copy of a volume that tells of its changes, the container gets that."""
+        if kubelets and self._mirrors is None:
+            from shim.mirror import Mirrors
+
+            self._mirrors = Mirrors(self._in_background)
+        for source, mount in kubelets:
+            assert self._mirrors is not None
+            if copy := await self._mirrors.add(guest, self._share.on_host(mount.source), source, undo):
+                mount.source = copy
 
     async def _guest(self) -> tuple[Guest, Machine]:
         if self._up is None or self._stopping is not None:

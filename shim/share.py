@@ -142,6 +142,10 @@ class SharedDir:
             os.close(tree)
         return f"{GUEST_PASSTHROUGH}/{target.name}", inherited
 
+    def on_host(self, guest_path: str) -> Path:
+        """Where this process has what `add_volume` returned the guest's path of."""
+        return self._passthrough / Path(guest_path).name
+
     def add_sandbox_mounts(self, entries: Sequence[str]) -> None:
         """Bind host paths that every container's guest sees; each is `PATH:ro` or `PATH:rw`. They stay until `remove`.
 

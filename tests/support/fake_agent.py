@@ -149,7 +149,10 @@ class FakeAgent:
         }  # fmt: skip
 
     def _extension_handlers(self) -> Mapping[str, Handler]:
-        return {"ListProcesses": self._list_processes, "SignalContainer": self._signal_container}
+        return {
+            "ListProcesses": self._list_processes, "SignalContainer": self._signal_container,
+            "UpdateMirror": self._nothing, "RemoveMirror": self._nothing,
+        }  # fmt: skip
 
     async def _nothing(self, request: Any, call: Call) -> Empty:
         return Empty()

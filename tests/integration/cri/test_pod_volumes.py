@@ -4,7 +4,6 @@ container may do with them."""
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import stat
 import subprocess
@@ -17,9 +16,10 @@ import pytest
 from tests.integration.cri.client import CriError
 from tests.integration.cri.gen import cri_pb2 as pb
 from tests.integration.cri.kubelet import eventually
+from tests.support.atomic_writer import AtomicWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from tests.integration.cri.kubelet import Kubelet, Pod
@@ -167,30 +167,6 @@ def test_volumes_see_later_mounts_of_the_host_only_if_asked(pod: Pod, tmp_path: 
         assert os.path.ismount(source / "later")
 
 
-class AtomicWriter:
-    """A ConfigMap or Secret on the host, changed as a kubelet changes it: the visible names are links through
-    `..data`, which is a link to the directory of one version and is replaced by a rename."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._versions = 0
-
-    def write(self, files: Mapping[str, str]) -> None:
-        self._versions += 1
-        version = self.folder / f"..2026_01_02_{self._versions:02}"
-        old = self.folder / os.readlink(self.folder / "..data") if self._versions > 1 else None
-        version.mkdir(mode=0o755)
-        for name, text in files.items():
-            (version / name).write_text(text)
-        (self.folder / "..data_tmp").symlink_to(version.name)
-        (self.folder / "..data_tmp").rename(self.folder / "..data")
-        for name in files:
-            if not (self.folder / name).is_symlink():
-                (self.folder / name).symlink_to(f"..data/{name}")
-        if old is not None:
-            shutil.rmtree(old)
-
-
 @pytest.mark.parametrize("count", [1, 100])
 def test_config_map_changes_at_once(pod: Pod, tmp_path: Path, count: int) -> None:
     """A reader sees the new version soon, and never parts of two."""
@@ -220,11 +196,64 @@ def test_config_map_changes_at_once(pod: Pod, tmp_path: Path, count: int) -> Non
     assert {"version 0 ", "version 3 "} <= seen <= {"", *(f"version {version} " for version in range(4))}
 
 
+# Run by the host's Python, which the container sees; busybox has no program that is notified. Prints a line for
+# each change of versions in one of the directories: its name, and what all files say.
+NOTIFIED = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None)
+fd = libc.inotify_init()
+folders = {libc.inotify_add_watch(fd, b"/config/%s" % name, 0x80): name for name in map(os.fsencode, sys.argv[1:])}
+print("ready", flush=True)
+while True:
+    data = os.read(fd, 4096)
+    while data:
+        handle, mask, cookie, size = struct.unpack_from("iIII", data)
+        name, data = data[16:16 + size].rstrip(bytes(1)), data[16 + size:]
+        folder = b"/config/" + folders[handle]
+        if name == b"..data":
+            texts = {open(folder + b"/" + key).read() for key in os.listdir(folder) if key[:2] != b".."}
+            print(folders[handle].decode(), *texts, flush=True)
+"""
+
+
+def test_programs_are_notified_of_changes(pod: Pod, tmp_path: Path) -> None:
+    """ConfigMaps where a kubelet has them: of 1, 100 and 1,000 files."""
+    counts = (1, 100, 1000)
+    host = tmp_path / "host"
+    for name in ("usr", "config"):
+        (host / name).mkdir(parents=True)
+    for name in ("bin", "lib", "lib64"):
+        (host / name).symlink_to(f"usr/{name}")
+    (host / "notified.py").write_text(NOTIFIED)
+    volumes = tmp_path / "pods" / "uid" / "volumes" / "kubernetes.io~configmap"
+    configs = {count: AtomicWriter(volumes / f"of{count}") for count in counts}
+
+    def write(count: int, text: str) -> None:
+        configs[count].write({f"key{number}": text for number in range(count)})
+
+    for count in counts:
+        (host / "config" / f"of{count}").mkdir()
+        write(count, "old")
+    mounts = [volume(configs[count].folder, f"/host/config/of{count}", readonly=True) for count in counts]
+    container = pod.run(
+        "notified",
+        ["chroot", "/host", "/usr/bin/python3", "-S", "/notified.py", *(f"of{count}" for count in counts)],
+        mounts=[volume(host, "/host", readonly=True), volume("/usr", "/host/usr", readonly=True), *mounts],
+    )
+    expected = "ready\n"
+    eventually(lambda: pod.output("notified") == expected, "the program watches")
+    for text in ("new", "newer"):
+        for count in counts:
+            write(count, text)
+            expected += f"of{count} {text}\n"
+            eventually(lambda: pod.output("notified") == expected, f"{text!r} in {count} files: {expected}")  # noqa: B023
+    assert "Read-only file system" in refused(pod, container, "touch /host/config/of1/new")
+
+
 def test_sub_path_of_a_config_map_survives_changes_and_restarts(
     pod: Pod, tmp_path: Path, undo: ExitStack
 ) -> None:
     """A kubelet finds the file behind the links, and binds it to a place of its own for the container."""
-    (tmp_path / "volume").mkdir()
     config = AtomicWriter(tmp_path / "volume")
     config.write({"key": "first"})
     for attempt, text in enumerate(("first", "second")):

@@ -86,6 +86,8 @@ CALLS: dict[str, tuple[str, float | None]] = {
     "Version": ("version", 7),
     "ListProcesses": ("list_processes", 7),
     "SignalContainer": ("signal_container", 7),
+    "UpdateMirror": ("update_mirror", 7),
+    "RemoveMirror": ("remove_mirror", 7),
 }
 
 
