@@ -4,6 +4,7 @@
     ├── HostUnsupported       the host lacks what the configuration demands (KVM, vhost-vsock)
     ├── InvalidSpec           a value that cannot be put on QEMU's command line
     ├── ProgramNotFound       QEMU or virtiofsd cannot be started
+    ├── DeviceUnavailable     a device of the host that cannot be given to a guest as it is
     ├── BootFailed            the machine did not come up, or went away while coming up
     ├── HotplugRefused        the guest keeps a device that shall go
     ├── DumpFailed            the memory of a guest that gave up was not saved
@@ -40,6 +41,10 @@ class HostUnsupported(HypervisorError):
 
 class InvalidSpec(HypervisorError):
     """A value of the specification has no safe form on a command line."""
+
+
+class DeviceUnavailable(HypervisorError):
+    """A device of the host is not there, or not ready to be given to a guest."""
 
 
 class ProgramNotFound(HypervisorError):

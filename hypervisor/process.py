@@ -31,6 +31,7 @@ import signal
 import subprocess
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,7 @@ _READ_BYTES = 65536
 # <linux/prctl.h> and <linux/sched.h>
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 1, 24, 28, 38
 _SECBIT_NO_SETUID_FIXUP = 1 << 2  # <linux/securebits.h>
+_LOCKING_REMEDY = "the shim needs CAP_SYS_RESOURCE, or a greater limit (LimitMEMLOCK of containerd's unit)"
 # What a program that is executed next gets as its SELinux label.
 _NEXT_LABEL = "/proc/thread-self/attr/exec"
 
@@ -169,13 +171,15 @@ async def spawned(
     keep_capabilities: bool = False,
     user: User | None = None,
     selinux_label: str = "",
+    locked_bytes: int = 0,
     grace_s: float = 0,
 ) -> AsyncIterator[Process]:
     """Run a program for the length of the block.
 
     It gets the descriptors `fds` by their numbers here, and those of `renumbered` by the keys' numbers, which are
     not 0 to 2; `environment` is added to a plain one. With `keep_capabilities` it has those of root also while it acts
-    as another user. With `user` it runs as that one from its beginning, with `selinux_label` under that label.
+    as another user. With `user` it runs as that one from its beginning, with `selinux_label` under that label; with
+    `locked_bytes` it may lock that much memory without root's rights.
 
     Leaving the block sends SIGTERM, SIGKILL `grace_s` seconds later (at once when 0), and waits for the end.
     Being cancelled there cuts the grace short and is passed on after the program is gone.
@@ -186,6 +190,8 @@ async def spawned(
     steps: list[_Step] = []
     if selinux_label:
         steps.append(_labelled(argv[0], selinux_label))
+    if locked_bytes:
+        steps.append(_locking(argv[0], locked_bytes))
     if keep_capabilities:
         steps.append(_keeping_capabilities(argv[0]))
     if user is not None:
@@ -320,6 +326,13 @@ def _labelled(program: str, label: str) -> _Step:
 
     what = f"cannot run {program} with SELinux label {label}"
     return what, "the host's policy has to have it; correct selinux_label or set disable_selinux", wish
+
+
+def _locking(program: str, locked_bytes: int) -> _Step:
+    from hypervisor.locked_memory import allow
+
+    what = f"cannot let {program} lock {locked_bytes >> 20} MiB of memory, for devices of the host"
+    return what, _LOCKING_REMEDY, partial(allow, locked_bytes)
 
 
 def _keeping_capabilities(program: str) -> _Step:

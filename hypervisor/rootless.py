@@ -22,13 +22,15 @@ from hypervisor.errors import HostUnsupported, InvalidSpec
 from hypervisor.process import spawned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from hypervisor.spec import Accel, VmSpec
+    from hypervisor.vfio import HostDevice
 
 # systemd's list of what user ids are for ends its ranges for containers just below, and has this one as unused.
 FIRST_ID = 0x7000_0000
 IDS = 1 << 27
+_VFIO_CONTROL = Path("/dev/vfio/vfio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,12 @@ async def check(spec: VmSpec, user: User) -> None:
             f"only root can serve files of all owners, and guests with {spec.arch} get theirs from QEMU; "
             'remove rootless or set shared_fs to "none"'
         )
-    for access, path in _opened(spec):
+    await require(user, _opened(spec))
+
+
+async def require(user: User, opened: Iterable[tuple[str, Path]]) -> None:
+    """Raise HostUnsupported for a file that the user cannot open, by `test`'s word for what it has to pass."""
+    for access, path in opened:
         async with spawned(["/usr/bin/test", access, str(path)], user=user) as process:
             if (await process.wait()).status != 0:
                 verb = {"-r": "read", "-w": "write to", "-x": "run"}[access]
@@ -107,3 +114,11 @@ def _opened(spec: VmSpec) -> Iterator[tuple[str, Path]]:
         yield "-r", spec.entropy_source
     if spec.memory_dir is not None:
         yield "-w", spec.memory_dir
+    yield from device_files(spec.host_devices)
+
+
+def device_files(devices: Iterable[HostDevice]) -> Iterator[tuple[str, Path]]:
+    """What QEMU opens by itself of the host's devices: their groups. Own files are opened for it."""
+    groups = {device.file for device in devices if device.own_file is None}
+    if groups:
+        yield from (("-w", path) for path in (_VFIO_CONTROL, *sorted(groups)))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hypervisor.protection import Protection
     from hypervisor.rootless import User
     from hypervisor.verity import Verity
+    from hypervisor.vfio import HostDevice, PortKind
 
 Accel = Literal["kvm", "tcg"]
 VsockKind = Literal["user", "vhost"]
@@ -206,6 +207,12 @@ class VmSpec:
     """Spare ports for devices added later."""
     pcie_switch_ports: int = 0
     """Spare ports of one switch; not together with `pcie_root_ports`."""
+    host_devices: tuple[HostDevice, ...] = ()
+    """Devices of the host that the guest has from its start. Those of PCI take the first of the ports for them."""
+    host_device_port: PortKind = "root-port"
+    """What PCI devices of the host are behind: spare ports of this kind, of which there are as many as they need."""
+    host_device_places: int = 0
+    """How many more there have to be, for devices that are plugged in later."""
     extra_monitor: ExtraMonitor | None = None
     """A second monitor for people, on `extra-monitor.sock` in the run directory."""
     seccomp_sandbox: str = ""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Value = str | int | bool | Path
 # QEMU itself mixes both ways to separate words.
-_UNDERSCORED = frozenset({"iommu_platform"})
+_UNDERSCORED = frozenset({"chassis_nr", "iommu_platform"})
 
 
 class Switch(Protocol):

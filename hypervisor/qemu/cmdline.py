@@ -5,8 +5,8 @@ Order of the arguments, fixed so that golden files and people can compare them:
 1. name, kernel, initrd, kernel command line
 2. processors, machine, accelerator, processor model, memory and its backend
 3. the monitors, then devices: IOMMU, console, root disk, vsock, shares and network interfaces in the order of
-   the specification, initial data, a confidential guest's protection with its firmware, spare ports, the panic
-   device
+   the specification, initial data, a confidential guest's protection with its firmware, spare ports, devices of the
+   host, the panic device
 4. sandbox, firmware, the fixed rest
 
 On a PCI machine devices get their slots in that order too: the guest sees them in the same places each time.
@@ -69,9 +69,13 @@ class Fds:
     """The image with initial data, open for reading: its folder is closed to a QEMU that is not root."""
     nics: tuple[NicFds, ...] = ()
     """Taps, one entry per network interface and in their order."""
+    iommufd: int | None = None
+    """An open /dev/iommu, when a device of the host has a file of its own."""
+    host_devices: tuple[int | None, ...] = ()
+    """Own files of the host's devices, one entry for each and in their order; None where QEMU opens the group."""
 
     def all(self) -> list[int]:
-        maybe = (fd for fd in (self.vsock, self.initdata) if fd is not None)
+        maybe = (fd for fd in (self.vsock, self.initdata, self.iommufd, *self.host_devices) if fd is not None)
         nics = (fd for nic in self.nics for fd in (*nic.tap, *nic.vhost))
         return [self.qmp, self.console, *maybe, *self.shares, *nics]
 
@@ -94,6 +98,7 @@ def build_cmdline(spec: VmSpec, fds: Fds) -> list[str]:
         *_extras(spec, arch),
         *_protection(spec),
         *_spare_ports(spec, arch),
+        *_host_devices(spec, arch, fds),
         *_panic_device(spec, arch),
     ]
     if spec.iommu_platform:
@@ -228,10 +233,17 @@ def _iommu(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
 
 
 def _spare_ports(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
-    if spec.pcie_root_ports or spec.pcie_switch_ports:
-        from hypervisor.qemu.options import spare_ports
+    if spec.pcie_root_ports or spec.pcie_switch_ports or spec.host_devices or spec.host_device_places:
+        from hypervisor.qemu.ports import spare_ports
 
         yield from spare_ports(spec, arch)
+
+
+def _host_devices(spec: VmSpec, arch: Arch, fds: Fds) -> Iterator[args.Switch]:
+    if spec.host_devices:
+        from hypervisor.qemu.vfio import switches
+
+        yield from switches(spec, arch, fds.iommufd, fds.host_devices)
 
 
 def _panic_device(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:

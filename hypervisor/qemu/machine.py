@@ -21,8 +21,15 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from hypervisor.arch import arch_named
 from hypervisor.console import Console
-from hypervisor.errors import BootFailed, HostUnsupported, HypervisorError, QmpUnavailable
+from hypervisor.errors import (
+    BootFailed,
+    DeviceUnavailable,
+    HostUnsupported,
+    HypervisorError,
+    QmpUnavailable,
+)
 from hypervisor.process import spawned
 from hypervisor.qemu.cmdline import RARE_TYPES, Fds, build_cmdline, types_in
 from hypervisor.qemu.qmp import Monitor, connected
@@ -37,7 +44,9 @@ if TYPE_CHECKING:
     from hypervisor.process import Process, ProcessExit
     from hypervisor.qemu.events import Event
     from hypervisor.qemu.nic import Interfaces, NicFds
+    from hypervisor.qemu.vfio import HostDevices
     from hypervisor.spec import Nic, VmSpec
+    from hypervisor.vfio import HostDevice
     from hypervisor.vsock.base import OnConnection, Vsock
 
 log = structlog.get_logger(__name__)
@@ -66,6 +75,7 @@ class Machine:
         """Monotonic seconds of `spawned` (QEMU runs) and `qmp_ready`."""
         self._spec = spec
         self._interfaces: Interfaces | None = None
+        self._host_devices: HostDevices | None = None
         self._qemu = qemu
         self._helpers = helpers
         self._console = console
@@ -117,6 +127,31 @@ class Machine:
     async def unplug_nic(self, nic_id: str) -> None:
         """Take a network interface away; one that is not there is fine. Raises HotplugRefused, QmpError."""
         await self._nics.unplug(self.monitor, nic_id)
+
+    async def plug_host_device(self, device: HostDevice) -> None:
+        """Give the guest one more device of the host.
+
+        Raises HotplugRefused, DeviceUnavailable, HostUnsupported, InvalidSpec, QmpError.
+        """
+        await self._passed_through.plug(self.monitor, device, arch_named(self._spec.arch))
+
+    async def unplug_host_device(self, device: HostDevice) -> None:
+        """Take a device of the host back; one that is not there is fine. Raises HotplugRefused, QmpError."""
+        await self._passed_through.unplug(self.monitor, device)
+
+    async def pci_path(self, device_id: str) -> str | None:
+        """Where the guest finds a PCI device, by its slots from the root. Raises QmpError."""
+        from hypervisor.qemu import commands
+
+        return commands.pci_path(await commands.query_pci(self.monitor), device_id)
+
+    @property
+    def _passed_through(self) -> HostDevices:
+        if self._host_devices is None:
+            from hypervisor.qemu.vfio import HostDevices
+
+            self._host_devices = HostDevices(self._spec)
+        return self._host_devices
 
     @property
     def _nics(self) -> Interfaces:
@@ -194,6 +229,13 @@ class Machine:
             self._saving.cancel()
             await asyncio.wait([self._saving])
 
+    def _blame_device(self, failure: BootFailed) -> None:
+        """Raise DeviceUnavailable when it was for a device of the host that QEMU ended."""
+        from hypervisor.qemu.vfio import blamed
+
+        if reason := blamed(failure.stderr_tail, self._qemu.argv, self._spec.host_devices):
+            raise DeviceUnavailable(f"{_WHAT}: {reason}") from failure
+
     async def _connect_monitor(self, undo: AsyncExitStack) -> None:
         spec = self._spec
         try:
@@ -202,6 +244,8 @@ class Machine:
             )
         except QmpUnavailable as err:
             failure = self.failure(_WHAT, str(err))
+            if spec.host_devices:
+                self._blame_device(failure)
             if failure.exit is not None and failure.exit.status:
                 await _explain(failure, self._qemu.argv, spec.run_dir)
             raise failure from err
@@ -245,6 +289,7 @@ async def _boot(spec: VmSpec, listeners: Mapping[int, OnConnection], undo: Async
         undo.callback(_qmp_path(spec).unlink, missing_ok=True)
         vsock = _vsock_plan(spec, handed_over, undo)
         shares = [_share_sockets(spec, index, handed_over, undo) for index in range(len(spec.shares))]
+        iommufd, own_files = _host_device_files(spec, handed_over)
         fds = Fds(
             qmp=qmp.fileno(),
             console=guest_end.fileno(),
@@ -253,6 +298,8 @@ async def _boot(spec: VmSpec, listeners: Mapping[int, OnConnection], undo: Async
             shares=tuple(connection.fileno() for _, connection in shares),
             initdata=_initdata_fd(spec, handed_over),
             nics=_nics(spec, handed_over),
+            iommufd=iommufd,
+            host_devices=own_files,
         )
         argv = build_cmdline(spec, fds)
         if any(name in RARE_TYPES for _, name in types_in(argv)):
@@ -260,7 +307,14 @@ async def _boot(spec: VmSpec, listeners: Mapping[int, OnConnection], undo: Async
 
             await demand(argv, spec.run_dir)
         qemu = await undo.enter_async_context(
-            spawned(argv, fds=fds.all(), netns=spec.netns, user=spec.user, selinux_label=spec.selinux_label)
+            spawned(
+                argv,
+                fds=fds.all(),
+                netns=spec.netns,
+                user=spec.user,
+                selinux_label=spec.selinux_label,
+                locked_bytes=_locked_bytes(spec),
+            )
         )
     spawned_at = time.monotonic()
     device = _started_vsock(vsock, listeners, undo)
@@ -305,6 +359,23 @@ def _nics(spec: VmSpec, handed_over: ExitStack) -> tuple[NicFds, ...]:
 
     with entered(spec.netns):
         return tuple(opened(nic, handed_over) for nic in spec.nics)
+
+
+def _host_device_files(spec: VmSpec, handed_over: ExitStack) -> tuple[int | None, tuple[int | None, ...]]:
+    if not spec.host_devices:
+        return None, ()
+    from hypervisor.qemu.vfio import opened
+
+    return opened(spec.host_devices, handed_over)
+
+
+def _locked_bytes(spec: VmSpec) -> int:
+    """What has to be allowed to a QEMU that is not root; root may lock what it likes."""
+    if spec.user is None or not (spec.host_devices or spec.host_device_places):
+        return 0
+    from hypervisor.qemu.vfio import locked_bytes
+
+    return locked_bytes(spec)
 
 
 @dataclass(frozen=True)

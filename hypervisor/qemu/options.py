@@ -1,4 +1,4 @@
-"""What most guests do without: an IOMMU, spare ports, a second monitor, a panic device, directories by 9p."""
+"""What most guests do without: an IOMMU, a second monitor, a panic device, directories by 9p."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypervisor.qemu.rare_args import (
     FsdevLocal,
     IommuDevice,
     NoShutdown,
-    PciePort,
     PvPanic,
     Virtio9p,
 )
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from hypervisor.arch import Arch
     from hypervisor.qemu import args
     from hypervisor.spec import ExtraMonitor, VmSpec
-
-_MOST_PORTS = 16
 
 
 def extra_monitor(kind: ExtraMonitor, run_dir: Path) -> Iterator[args.Switch]:
@@ -51,30 +48,6 @@ def iommu(arch: Arch) -> Iterator[args.Switch]:
         raise InvalidSpec(f"{arch.name} guests have no virtual IOMMU; remove enable_iommu")
     if arch.iommu.device is not None:
         yield IommuDevice(driver=arch.iommu.device, raw=arch.iommu.device_props)
-
-
-def spare_ports(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
-    """Ports for devices added later, of the root complex or of one switch below it."""
-    roots, switched = spec.pcie_root_ports, spec.pcie_switch_ports
-    if not arch.pcie_ports:
-        raise InvalidSpec(
-            f"{arch.name} guests have no PCIe ports; set pcie_root_port and pcie_switch_port to 0"
-        )
-    if roots and switched:
-        raise InvalidSpec(
-            "spare ports are of the root complex or of a switch; set one of pcie_root_port, pcie_switch_port"
-        )
-    if max(roots, switched) > _MOST_PORTS:
-        raise InvalidSpec(f"{max(roots, switched)} PCIe ports are more than {_MOST_PORTS}")
-    # Chassis 0 is QEMU's default: starting at 1 keeps clear of ports that others make.
-    for index in range(max(roots, 1)):
-        yield PciePort(driver="pcie-root-port", id=f"rp{index}", bus="pcie.0", chassis=index + 1, slot=index)
-    if switched:
-        yield PciePort(driver="x3130-upstream", id="swup0", bus="rp0")
-    for index in range(switched):
-        yield PciePort(
-            driver="xio3130-downstream", id=f"swdp{index}", bus="swup0", chassis=index + 2, slot=index
-        )
 
 
 def panic_device(arch: Arch) -> Iterator[args.Switch]:

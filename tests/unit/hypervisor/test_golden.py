@@ -21,12 +21,13 @@ from hypervisor.qemu.cmdline import Fds, build_cmdline
 from hypervisor.qemu.nic import NicFds
 from hypervisor.spec import Export, Nic, QmpTimeouts, Share, VmSpec
 from hypervisor.verity import Verity
+from hypervisor.vfio import HostDevice
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "qemu"
 CASES = sorted(GOLDEN.glob("*/*.toml"))
 PATHS = {
     *("run_dir", "qemu_path", "kernel", "initrd", "image", "firmware", "netns", "directory", "daemon"),
-    *("memory_dir", "pflash", "image_initrd", "initdata", "entropy_source", "dump_dir"),
+    *("memory_dir", "pflash", "image_initrd", "initdata", "entropy_source", "dump_dir", "own_file"),
 }
 
 
@@ -57,15 +58,17 @@ def read_case(path: Path) -> tuple[VmSpec, Fds]:
     table = tomllib.loads(path.read_text())
     numbers = table.pop("fds")
     nic_fds = tuple(NicFds(**typed(nic)) for nic in numbers.pop("nics", []))
-    fds = Fds(**typed(numbers), nics=nic_fds)
+    files = tuple(fd if fd >= 0 else None for fd in numbers.pop("host_devices", []))
+    fds = Fds(**typed(numbers), nics=nic_fds, host_devices=files)
     shares = tuple(Share(**typed(share)) for share in table.pop("shares", []))
     exports = tuple(Export(**typed(export)) for export in table.pop("exports", []))
     nics = tuple(Nic(**nic) for nic in table.pop("nics", []))
     verity = Verity(**table.pop("verity")) if "verity" in table else None
     protected = protection(table.pop("protection")) if "protection" in table else None
+    host_devices = tuple(HostDevice(**typed(device)) for device in table.pop("host_devices", []))
     extensions = tuple(Extension(**typed(extension)) for extension in table.pop("extensions", []))
     parts: dict[str, Any] = {
-        "extensions": extensions, "exports": exports, "nics": nics,
+        "extensions": extensions, "host_devices": host_devices, "exports": exports, "nics": nics,
         "arch": path.parent.name, "shares": shares, "verity": verity, "protection": protected,
     }  # fmt: skip
     return VmSpec(**typed(table), **parts), fds

@@ -6,6 +6,7 @@ They are the host's own, and those of other Debian releases if packaging/qemu_ve
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -23,7 +24,10 @@ import pytest
 import qemu_versions
 
 from hypervisor.arch import MACHINES, arch_named
+from hypervisor.errors import HostUnsupported
+from hypervisor.qemu.capabilities import demand
 from hypervisor.qemu.cmdline import Fds, build_cmdline
+from hypervisor.qemu.vfio import blamed
 from tests.unit.hypervisor.test_golden import CASES, read_case
 
 FETCHED = Path(__file__).parents[3] / "build" / "cache" / "debian"
@@ -34,6 +38,8 @@ OF_ALL_DEVICES = {"id", "bus", "addr", "driver"}
 OF_ALL_OBJECTS = {"id"}
 # Devices that only newer QEMUs have, and the first that does.
 TOO_NEW = {"virtio-mem-ccw": (10, 0)}
+# What came with opening devices of the host one by one, and the first QEMU that does.
+OWN_FILES, OWN_FILES_SINCE = {"iommufd", "fd"}, (9, 0)
 # What protects a guest, and the first QEMU that has it. The last one is only in emulators that are made on a Z.
 PROTECTIONS: dict[str, tuple[int, int] | None] = {
     "tdx-guest": (10, 1),
@@ -141,12 +147,18 @@ def test_types_and_properties_exist(program: str, case: Path) -> None:
             assert driver not in known.types
             continue
         assert driver in known.types
+        if driver == "vfio-pci" and known.version < OWN_FILES_SINCE:
+            names -= OWN_FILES
         assert names <= known.properties("device-list-properties", driver) | OF_ALL_DEVICES, value
     for value in options(case, "-object"):
         qom_type, names = split(value)
         if qom_type in PROTECTIONS and not has_protection(known, qom_type):
             assert qom_type not in known.types
             continue
+        if qom_type == "iommufd":
+            assert (qom_type in known.types) is (known.version >= OWN_FILES_SINCE)
+            if qom_type not in known.types:
+                continue
         assert qom_type in known.types
         assert names <= known.properties("qom-list-properties", qom_type) | OF_ALL_OBJECTS, value
     (machine,) = options(case, "-machine")
@@ -189,6 +201,53 @@ def test_qemu_takes_the_protection_and_lacks_only_its_hardware(program: str, cas
     else:
         assert re.search(f"invalid object type: {qom_type}|does not accept value '{qom_type}'", done.stderr)
     assert done.returncode == 1
+
+
+WITH_HOST_DEVICES = [pair for pair in PAIRS if read_case(Path(str(pair.values[1])))[0].host_devices]
+
+
+@pytest.mark.parametrize(("program", "case"), WITH_HOST_DEVICES)
+def test_qemu_takes_the_ports_and_lacks_only_the_devices_of_the_host(
+    program: str, case: Path, tmp_path: Path
+) -> None:
+    """What it says then is told in one line, by the device."""
+    spec, fds = read_case(case)
+    known = knowledge(program)
+    of_groups = [device for device in spec.host_devices if device.own_file is None]
+    if not of_groups and known.version < OWN_FILES_SINCE:
+        with pytest.raises(HostUnsupported, match=r"iommufd.*install QEMU 9\.0 or later"):
+            asyncio.run(demand([program, *build_cmdline(spec, fds)[1:]], tmp_path))
+        return
+    own_files = [os.open("/dev/null", os.O_RDWR) for _ in range(3)]
+    try:
+        if not of_groups:
+            fds = replace(fds, iommufd=own_files[0], host_devices=tuple(own_files[1:]))
+        spec = replace(spec, accel="tcg", iommu=False)
+        argv = build_cmdline(spec, fds)
+        switches = [
+            word
+            for switch, value in pairwise(argv)
+            if switch in ("-device", "-object") and re.match("vfio|pc|x3|xio|iommufd", value)
+            for word in (switch, value)
+        ]
+        machine = ["-machine", arch_named(spec.arch).machine, "-nodefaults", "-display", "none", "-S"]
+        done = subprocess.run(
+            [program, *machine, *switches], pass_fds=own_files,
+            capture_output=True, text=True, timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+    finally:
+        for fd in own_files:
+            os.close(fd)
+    assert done.returncode == 1
+    first = spec.host_devices[0]
+    line = blamed(done.stderr.splitlines(), argv, spec.host_devices)
+    assert line.startswith(f"QEMU cannot open device {first.address} of the host ({first.file}): "), (
+        done.stderr
+    )
+    assert line.endswith(
+        "; no other program may have it open, and all of its group has to be bound to vfio-pci; "
+        "`kata-py check` looks"
+    )
 
 
 def linux_like(path: Path, arch: str) -> Path:
