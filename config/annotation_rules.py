@@ -97,6 +97,11 @@ def _arguments(text: str, so_far: tuple[str, ...]) -> object:
     return [*so_far, *_json_array(text)]
 
 
+def _nodes(text: str, _: Any) -> object:
+    """NUMA nodes: separated by spaces, since the list of each has commas, or a JSON array."""
+    return _json_array(text) if text.lstrip().startswith("[") else text.split()
+
+
 def _json_array(text: str, _: Any = None) -> list[Any]:
     import json
 
@@ -197,6 +202,7 @@ _PARSED: dict[str, Callable[[str, Any], object]] = {
     "pcie_switch_port": _at_most(_MAX_PORTS),
     "default_memory": _memory,
     "virtio_fs_extra_args": _arguments,
+    "numa_mapping": _nodes,
 }
 _HASHES = (
     "path_hash",
@@ -237,7 +243,6 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     | {HYPERVISOR + name: Rule(refused=_NO_HASH) for name in _HASHES}
     | {_RUNTIME + key: Rule(("runtime", key)) for key in _RUNTIME_SAME}
     | {
-        f"{HYPERVISOR}numa_mapping": Rule(refused="guests have one NUMA node; remove it"),
         f"{HYPERVISOR}use_vsock": Rule(refused="the guest is always reached over vsock; remove it"),
         f"{_RUNTIME}name": Rule(("runtime", "name"), lambda text, _: text.replace("-", "_")),
         f"{_RUNTIME}experimental": Rule(("runtime", "experimental"), _appended(",")),

@@ -326,6 +326,11 @@ class _QemuTopics:
                 also="machine_type",
             )
         on_channels = self._qemu.machine_type == "s390-ccw-virtio"
+        numa = "numa_mapping" if self._qemu.numa_mapping else "enable_numa"
+        if getattr(self._qemu, numa) and on_channels:
+            self._bad(numa, "guests with s390x have no NUMA nodes", "remove it", also="machine_type")
+        if self._qemu.numa_mapping:
+            self._check_numa_mapping()
         if self._qemu.enable_iommu and on_channels:
             self._bad(
                 "enable_iommu", "guests with s390x have no virtual IOMMU", "remove it", also="machine_type"
@@ -346,6 +351,18 @@ class _QemuTopics:
             "default_bridges": min(self._qemu.default_bridges or 1, _MAX_BRIDGES),
             "network_queues": min(self._qemu.network_queues or 1, _MOST_NETWORK_QUEUES),
         }
+
+    def _check_numa_mapping(self) -> None:
+        from config import numa
+
+        if len(self._qemu.numa_mapping) > numa.MOST_GUEST_NODES:
+            self._bad("numa_mapping", f"want at most {numa.MOST_GUEST_NODES} nodes")
+        for index, entry in enumerate(self._qemu.numa_mapping):
+            try:
+                numa.nodes_of(entry)
+            except ValueError as err:
+                where = (*self._where, "numa_mapping", index)
+                self._report.add(where, f"{err}, got {show(entry)}", info(Qemu, "numa_mapping").hint)
 
     def seccomp(self) -> Changes:
         new, old = self._qemu.seccomp_sandbox, self._qemu.seccompsandbox

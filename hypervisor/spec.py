@@ -84,6 +84,16 @@ class Nic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NumaNode:
+    """Memory and processors of the guest that are near each other."""
+
+    host_nodes: tuple[int, ...] = ()
+    """The nodes of the host that its memory comes from; empty leaves that to the host."""
+    distances: tuple[int, ...] = ()
+    """To every node of the guest, as ACPI counts: 10 to itself, more to others. Empty is QEMU's way: 20 to others."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class QmpTimeouts:
     """How patient we are with QEMU's monitor. The defaults of the handshake are Kata's."""
 
@@ -159,6 +169,8 @@ class VmSpec:
     hugepages: bool = False
     memory_dir: Path | None = None
     """Directory for a file that is the guest's memory; QEMU makes it without a name."""
+    numa: tuple[NumaNode, ...] = ()
+    """What memory and processors are divided into, evenly; empty is a guest that knows of no nodes."""
 
     shares: tuple[Share, ...] = ()
     exports: tuple[Export, ...] = ()

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from agent_proto.client import AgentClient
     from config import Config, LoadedConfig
     from hypervisor.qemu.machine import Machine
-    from hypervisor.spec import VmSpec
+    from hypervisor.spec import NumaNode, VmSpec
     from shim.bootstrap import Bootstrap
     from shim.network import PodNetwork
     from shim.pod import Pod
@@ -111,10 +111,17 @@ def plan(
             f"QEMU cannot run as {qemu.selinux_label}: this host has no SELinux; "
             "remove selinux_label or set disable_selinux"
         )
+    numa: tuple[NumaNode, ...] = ()
+    if qemu.enable_numa or qemu.numa_mapping:
+        from config.numa import nodes_of
+        from hypervisor.numa import guest_nodes
+
+        numa = guest_nodes([nodes_of(entry) for entry in qemu.numa_mapping], host)
     return vm_spec(
         config,
         sandbox_id,
         user=user,
+        numa=numa,
         accel=accel.value,
         vsock=vsock.value,
         virtiofsd=Path(qemu.virtio_fs_daemon) if qemu.shared_fs != "none" else None,

@@ -14,6 +14,7 @@ LATE = (
     "config.extensions",
     "config.guest_files",
     "config.initdata",
+    "config.numa",
     "config.show",
     "config.verity",
     # `Pids` while execs run.
@@ -24,6 +25,7 @@ LATE = (
     "hypervisor.arch.s390x",
     "hypervisor.confidential",
     "hypervisor.protection",
+    "hypervisor.numa",
     "hypervisor.qemu.capabilities",
     "hypervisor.qemu.confidential",
     "hypervisor.qemu.dump",
@@ -34,6 +36,7 @@ LATE = (
     "hypervisor.qemu.memory",
     "hypervisor.qemu.nic",
     "hypervisor.locked_memory",
+    "hypervisor.qemu.numa",
     "hypervisor.qemu.options",
     "hypervisor.qemu.ports",
     "hypervisor.qemu.rare_args",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hypervisor.extension import Extension
     from hypervisor.protection import Protection
     from hypervisor.rootless import User
-    from hypervisor.spec import Accel, BlockAio, Nic, RootfsDriver, VsockKind
+    from hypervisor.spec import Accel, BlockAio, Nic, NumaNode, RootfsDriver, VsockKind
     from hypervisor.verity import Verity
 
     class Growth(TypedDict):
@@ -61,10 +61,12 @@ def vm_spec(
     io_uring: bool = True,
     protection: Protection | None = None,
     user: User | None = None,
+    numa: tuple[NumaNode, ...] = (),
 ) -> VmSpec:
     """The machine of one sandbox. What depends on the host has been decided by the caller; `virtiofsd` is None
     when nothing is shared, `image_bytes` is the size of the configured image, `io_uring` whether the host lets
-    programs use that, and `protection` what the host hides a confidential guest with.
+    programs use that, `protection` what the host hides a confidential guest with, and `numa` what the host's nodes make
+    of the configured ones.
 
     Raises InvalidSpec for settings that have no machine.
     """
@@ -115,6 +117,7 @@ def vm_spec(
         **_growth(qemu),
         memory_prealloc=qemu.enable_mem_prealloc,
         hugepages=qemu.enable_hugepages and qemu.hugepage_type == "hugetlbfs",
+        numa=numa,
         memory_dir=Path(qemu.file_mem_backend) if qemu.file_mem_backend else None,
         shares=shares,
         exports=exports,

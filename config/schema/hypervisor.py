@@ -310,6 +310,23 @@ class Qemu(Section, frozen=True):
             hint="name a directory that exists",
         ),
     ] = ""
+    enable_numa: Annotated[
+        bool,
+        key(
+            "now",
+            "Divide the guest's memory and processors into NUMA nodes, one for each of the host's that has memory, "
+            "or as `numa_mapping` says. On a host with one node the guest has none. s390x guests have none.",
+        ),
+    ] = False
+    numa_mapping: Annotated[
+        tuple[str, ...],
+        key(
+            "now",
+            "NUMA nodes of the guest, with `enable_numa` or without it: for each the nodes of the host that its memory "
+            "comes from, as in `0` or `0,2-3`. Memory and processors are divided evenly.",
+            hint='for example ["0", "1"]',
+        ),
+    ] = ()
     reclaim_guest_freed_memory: Annotated[
         bool,
         key(

@@ -33,4 +33,5 @@ AARCH64 = Arch(
     nvdimm_by_firmware=True,
     panic="pvpanic-pci",
     pcie_ports=True,
+    numa=True,
 )

@@ -75,6 +75,8 @@ class Arch:
     panic: str | None = None
     """The device by which a guest tells of its kernel's panic; None where QEMU sees it without one."""
     pcie_ports: bool = False
+    numa: bool = False
+    """Whether a guest can be told which memory and processors are near each other."""
     no_nested_virtualization: str = ""
     """`-cpu` features that hide virtualization, where a model may have it."""
     tsc: bool = False

@@ -37,6 +37,7 @@ X86_64 = Arch(
     dax=True,
     panic="pvpanic-pci",
     pcie_ports=True,
+    numa=True,
     no_nested_virtualization="vmx=off,svm=off",
     tsc=True,
 )

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from hypervisor.spec import BlockAio
 
 Value = str | int | bool | Path
+Nodes = tuple[int, ...]
+"""Of the host, in a property that QEMU takes once for each."""
+MemoryPolicy = Literal["bind"]
 # QEMU itself mixes both ways to separate words.
 _UNDERSCORED = frozenset({"chassis_nr", "iommu_platform"})
 
@@ -66,7 +69,8 @@ def join_props(head: Value, props: Props, *, skip: tuple[str, ...] = (), raw: st
     for field in fields(props):
         value = getattr(props, field.name)
         if value is not None and field.name not in skip:
-            words.append(f"{_qemus_name(field.name)}={quoted(value)}")
+            name = _qemus_name(field.name)
+            words += [f"{name}={quoted(each)}" for each in (value if isinstance(value, tuple) else (value,))]
     if raw:
         words.append(text(raw))
     return ",".join(words)
@@ -138,9 +142,10 @@ class Fixed:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Smp(Props):
-    """`-smp N[,maxcpus=M]`."""
+    """`-smp N[,maxcpus=M]`, and `sockets` when they matter; else QEMU makes one of all."""
 
     cpus: int
+    sockets: int | None = None
     maxcpus: int | None = None
 
     def argv(self) -> list[str]:
@@ -153,7 +158,8 @@ class Machine(Props):
 
     type: str
     raw: str = ""
-    memory_backend: str
+    memory_backend: str | None = None
+    """None when nodes have the memory."""
     nvdimm: bool | None = None
     confidential_guest_support: str | None = None
 
@@ -208,6 +214,8 @@ class MemoryBackendMemfd(Props):
     prealloc: bool | None = None
     reserve: bool | None = None
     hugetlb: bool | None = None
+    host_nodes: Nodes | None = None
+    policy: MemoryPolicy | None = None
 
     def argv(self) -> list[str]:
         return ["-object", join_props("memory-backend-memfd", self)]

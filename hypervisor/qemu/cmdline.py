@@ -3,7 +3,7 @@
 Order of the arguments, fixed so that golden files and people can compare them:
 
 1. name, kernel, initrd, kernel command line
-2. processors, machine, accelerator, processor model, memory and its backend
+2. processors, machine, accelerator, processor model, memory and its backend, or those of its NUMA nodes
 3. the monitors, then devices: IOMMU, console, root disk, vsock, shares and network interfaces in the order of
    the specification, initial data, a confidential guest's protection with its firmware, spare ports, devices of the
    host, the panic device
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -138,13 +139,18 @@ def _software(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
 
 def _machine(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
     grows = spec.max_vcpus > spec.vcpus and spec.protection is None
-    yield args.Smp(cpus=spec.vcpus, maxcpus=spec.max_vcpus if grows else None)
+    processors = spec.max_vcpus if grows else spec.vcpus
+    yield args.Smp(
+        cpus=spec.vcpus,
+        sockets=processors if spec.numa else None,
+        maxcpus=processors if grows else None,
+    )
     machine = spec.machine_type or arch.machine
     props = arch.machine_props[spec.accel] if machine == arch.machine else ""
     yield args.Machine(
         type=machine,
         raw=_machine_props(props, _possible(spec, arch)),
-        memory_backend=_MEMORY_ID,
+        memory_backend=_MEMORY_ID if not spec.numa else None,
         nvdimm=True if spec.rootfs_driver == "nvdimm" else None,
         confidential_guest_support=spec.protection.id if spec.protection is not None else None,
     )
@@ -159,33 +165,41 @@ def _machine(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
         yield args.Cpu(model=model, raw=_comma_joined(hidden, spec.cpu_features))
     else:
         yield args.Cpu(model=cpu.model, raw=_comma_joined(cpu.features, hidden, spec.cpu_features))
-    yield from _memory(spec)
+    yield _memory(spec)
+    if spec.numa:
+        from hypervisor.qemu import numa
+
+        yield from numa.switches(spec, arch, processors, partial(_memory_backend, spec))
+    else:
+        yield _memory_backend(spec, _MEMORY_ID, _size(spec.memory_mib))
 
 
-def _memory(spec: VmSpec) -> Iterator[args.Switch]:
-    """What the guest boots with, and the address space for more."""
+def _memory(spec: VmSpec) -> args.Memory:
+    """How much the guest boots with, and the address space for more."""
     size, slots, limit = _size(spec.memory_mib), 0, spec.memory_mib
     if spec.protection is not None:
-        from hypervisor.qemu.confidential import MemoryBackendRam
-
-        yield args.Memory(size=size)
-        yield MemoryBackendRam(id=_MEMORY_ID, size=size, prealloc=spec.memory_prealloc or None)
-        return
+        return args.Memory(size=size)
     if spec.memory_slots > 0 and spec.max_memory_mib > spec.memory_mib:
         slots, limit = spec.memory_slots, spec.max_memory_mib
     if spec.rootfs_driver == "nvdimm":
         slots += 1
         limit += -(-spec.image_bytes // _MIB)
-    yield args.Memory(
+    return args.Memory(
         size=size, slots=slots or None, maxmem=_size(limit) if limit > spec.memory_mib else None
     )
+
+
+def _memory_backend(spec: VmSpec, name: str, size: str) -> args.Switch:
+    if spec.protection is not None:
+        from hypervisor.qemu.confidential import MemoryBackendRam
+
+        return MemoryBackendRam(id=name, size=size, prealloc=spec.memory_prealloc or None)
     if spec.memory_dir is not None:
         from hypervisor.qemu.memory import in_directory
 
-        yield in_directory(spec, spec.memory_dir, _MEMORY_ID, size)
-        return
-    yield args.MemoryBackendMemfd(
-        id=_MEMORY_ID,
+        return in_directory(spec, spec.memory_dir, name, size)
+    return args.MemoryBackendMemfd(
+        id=name,
         size=size,
         prealloc=spec.memory_prealloc or None,
         hugetlb=spec.hugepages or None,

@@ -31,6 +31,8 @@ class MemoryBackendRam(args.Props):
     id: str
     size: str
     prealloc: bool | None = None
+    host_nodes: args.Nodes | None = None
+    policy: args.MemoryPolicy | None = None
 
     def argv(self) -> list[str]:
         return ["-object", args.join_props("memory-backend-ram", self)]

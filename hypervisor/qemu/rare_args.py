@@ -13,6 +13,8 @@ from hypervisor.qemu.args import Device, Head, Props, join_props, quoted
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hypervisor.qemu.args import MemoryPolicy, Nodes
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AddFd(Props):
@@ -49,6 +51,8 @@ class MemoryBackendFile(Props):
     share: bool
     prealloc: bool | None = None
     readonly: bool | None = None
+    host_nodes: Nodes | None = None
+    policy: MemoryPolicy | None = None
 
     def argv(self) -> list[str]:
         return ["-object", join_props("memory-backend-file", self)]

@@ -53,6 +53,7 @@ SETS: dict[str, tuple[str, str, object]] = {
         ("enable_hugepages", "true", "", True),
         ("file_mem_backend", "/dev/shm", "", "/dev/shm"),
         ("memory_offset", "16", "", 16),
+        ("numa_mapping", "0 1,2-3", "", ("0", "1,2-3")),
         ("vhost_user_store_path", "@/", "", "@/"),
         ("vhost_user_reconnect_timeout_sec", "3", "", 3),
         ("kernel", "@/other", "", "@/other"),
@@ -134,7 +135,6 @@ WARNS: dict[str, tuple[str, str]] = (
 REFUSED: dict[str, str] = {
     HYPERVISOR + "jailer_path": "/bin/true",
     HYPERVISOR + "enable_guest_swap": "true",
-    HYPERVISOR + "numa_mapping": "0",
     HYPERVISOR + "use_vsock": "true",
     HYPERVISOR + "enable_iommu_platform": "true",  # on this machine
     HYPERVISOR + "cc_init_data": "eA==",

@@ -28,6 +28,8 @@ OWN_DEFAULTS = {
 }
 OWN_KEYS = {
     "hypervisor.qemu.accel",
+    "hypervisor.qemu.enable_numa",  # of Kata's Go runtime, as is the next
+    "hypervisor.qemu.numa_mapping",
     "hypervisor.qemu.image_initrd",
     "hypervisor.qemu.vsock",
     "hypervisor.qemu.qmp_read_timeout_ms",

@@ -154,6 +154,28 @@ def test_adjusted_values(site: Site, text: str, key: str, attribute: str, expect
             "enable_iommu: guests with s390x have no virtual IOMMU",
         ),
         (
+            "machine_type = 's390-ccw-virtio'\nenable_numa = true",
+            "enable_numa: guests with s390x have no NUMA nodes",
+        ),
+        (
+            "machine_type = 's390-ccw-virtio'\nnuma_mapping = ['0']",
+            "numa_mapping: guests with s390x have no NUMA nodes",
+        ),
+        (
+            "numa_mapping = ['0', '1 2']",
+            'numa_mapping[1]: want nodes of the host, as in "0" or "0,2-3", got \'1 2\'',
+        ),
+        ("numa_mapping = ['']", 'numa_mapping[0]: want nodes of the host, as in "0" or "0,2-3", got \'\''),
+        (
+            "numa_mapping = ['3-1']",
+            "numa_mapping[0]: want numbers up to 1023, the smaller one first, got '3-1'",
+        ),
+        (
+            "numa_mapping = ['0-1024']",
+            "numa_mapping[0]: want numbers up to 1023, the smaller one first, got '0-1024'",
+        ),
+        (f"numa_mapping = {['0'] * 129}", "numa_mapping: want at most 128 nodes"),
+        (
             "file_mem_backend = '/dev/shm'\nenable_hugepages = true",
             "file_mem_backend: guest memory is files or huge pages, not both",
         ),

@@ -19,7 +19,7 @@ from hypervisor.extension import Extension
 from hypervisor.protection import Protection, SecureExecution, Snp, Tdx
 from hypervisor.qemu.cmdline import Fds, build_cmdline
 from hypervisor.qemu.nic import NicFds
-from hypervisor.spec import Export, Nic, QmpTimeouts, Share, VmSpec
+from hypervisor.spec import Export, Nic, NumaNode, QmpTimeouts, Share, VmSpec
 from hypervisor.verity import Verity
 from hypervisor.vfio import HostDevice
 
@@ -62,13 +62,14 @@ def read_case(path: Path) -> tuple[VmSpec, Fds]:
     fds = Fds(**typed(numbers), nics=nic_fds, host_devices=files)
     shares = tuple(Share(**typed(share)) for share in table.pop("shares", []))
     exports = tuple(Export(**typed(export)) for export in table.pop("exports", []))
+    numa = tuple(NumaNode(**typed(node)) for node in table.pop("numa", []))
     nics = tuple(Nic(**nic) for nic in table.pop("nics", []))
     verity = Verity(**table.pop("verity")) if "verity" in table else None
     protected = protection(table.pop("protection")) if "protection" in table else None
     host_devices = tuple(HostDevice(**typed(device)) for device in table.pop("host_devices", []))
     extensions = tuple(Extension(**typed(extension)) for extension in table.pop("extensions", []))
     parts: dict[str, Any] = {
-        "extensions": extensions, "host_devices": host_devices, "exports": exports, "nics": nics,
+        "extensions": extensions, "host_devices": host_devices, "exports": exports, "nics": nics, "numa": numa,
         "arch": path.parent.name, "shares": shares, "verity": verity, "protection": protected,
     }  # fmt: skip
     return VmSpec(**typed(table), **parts), fds

@@ -300,6 +300,7 @@ def test_qemu_accepts_the_command_line(program: str, case: Path, tmp_path: Path)
         memory_dir=tmp_path if spec.memory_dir else None,
         memory_prealloc=False,
         hugepages=False,
+        numa=tuple(replace(node, host_nodes=(0,)) for node in spec.numa),  # there is one everywhere
         vsock=None,
         shares=(),
         exports=tuple(replace(export, directory=tmp_path) for export in spec.exports),

@@ -142,7 +142,7 @@ async def done_by(
     seen: list[str] = []
     with monkeypatch.context() as patch, capture_logs() as logs:
         patch.setattr(paths, "RUN_ROOT", str(folder / "run"))
-        patch.setattr(boot, "Host", lambda: _confidential_host(folder / "host", snp="sev_snp_guest" in text))
+        patch.setattr(boot, "Host", lambda: _able_host(folder / "host", snp="sev_snp_guest" in text))
         patch.setenv("KATA_CONF_FILE", str(folder / "configuration.toml"))
         patch.setattr(boot, "choose_accel", lambda wanted, **_: Choice("tcg" if wanted == "tcg" else "kvm"))
         patch.setattr(
@@ -203,8 +203,8 @@ async def _forward(seen: list[str], port: int, least: int) -> None:
     seen.append(f"agent's log from port {port}, level {least}")
 
 
-def _confidential_host(root: Path, *, snp: bool) -> hosts.Host:
-    """A host that can hide guests in one of the ways."""
+def _able_host(root: Path, *, snp: bool) -> hosts.Host:
+    """A host with two NUMA nodes that can hide guests in one of the ways."""
     if not root.exists():
         cpuid(root, 0, 51 | 5 << 6, 0, 0)
     files = {
@@ -213,6 +213,8 @@ def _confidential_host(root: Path, *, snp: bool) -> hosts.Host:
         "proc/cpuinfo": "flags : vmx svm\n",
         TDX: "YN"[snp],
         SNP: "NY"[snp],
+        "sys/devices/system/node/online": "0-1\n",
+        "sys/devices/system/node/has_memory": "0-1\n",
     }
     return host(root, files)
 

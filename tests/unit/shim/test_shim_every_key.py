@@ -121,6 +121,8 @@ NOW: dict[str, Shown] = {
     QEMU + "enable_hugepages": Shown("true", "hugetlb=on"),
     QEMU + "hugepage_type": Shown('"thp"', "hugetlb=on", {QEMU + "enable_hugepages": "true"}, gone=True),
     QEMU + "file_mem_backend": Shown('"@"', "mem-path=@,"),
+    QEMU + "enable_numa": Shown("true", "-numa\nnode,nodeid=1,cpus=1,"),
+    QEMU + "numa_mapping": Shown('["0", "0"]', "-numa\nnode,nodeid=1,cpus=1,"),
     QEMU + "reclaim_guest_freed_memory": Shown("true", "free-page-reporting=on"),
     QEMU + "shared_fs": Shown('"none"', 'driver: "virtio-fs"', gone=True),
     QEMU + "virtio_fs_daemon": Shown('"@/other"', "daemon=PosixPath('@/other')"),
