@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from ttrpc import Call, Handler
 
 TTRPC_PROTOCOL_VERSION = "0.0.1"
-DEVICE_HANDLERS: tuple[str, ...] = ()
+#: Devices of the host; what is done about them is loaded with the first one.
+PASSED_THROUGH = ("vfio-pci", "vfio-pci-gk", "vfio-ap", "vfio-ap-cold")
+DEVICE_HANDLERS: tuple[str, ...] = PASSED_THROUGH
 EXTRA_FEATURES: tuple[str, ...] = ("kata-py", kata_py_agent_pb2.DESCRIPTOR.package)
 MAX_DIAGNOSTIC_BYTES = 64 * 1024
 
@@ -239,7 +241,20 @@ class AgentService:
 
     async def create_container(self, request: agent_pb2.CreateContainerRequest, call: Call) -> Empty:
         refuse_nul(request)
-        return await self._finish(self._sandbox.create_container(request))
+
+        async def create() -> None:
+            if any(device.type in PASSED_THROUGH for device in request.devices):
+                await self._hand_out(request)
+            await self._sandbox.create_container(request)
+
+        return await self._finish(create())
+
+    async def _hand_out(self, request: agent_pb2.CreateContainerRequest) -> None:
+        from guest_agent import passthrough
+
+        patience_s = self._settings.hotplug_timeout_s
+        finder = passthrough.Finder(self._uevents, self._sandbox.load_driver, patience_s=patience_s)
+        await passthrough.hand_out(request, finder)
 
     async def start_container(self, request: agent_pb2.StartContainerRequest, call: Call) -> Empty:
         container = self._sandbox.container(request.container_id)

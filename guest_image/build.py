@@ -49,7 +49,10 @@ KERNEL_MODULES = (
 #: And what it loads where the host's byte order may be another one, which virtiofs does not bridge.
 BIG_ENDIAN_MODULES = ("9pnet_virtio", "9p")
 #: The same, of kernels that have them: before Linux 6.13 there is no virtio-mem on s390x.
-SOME_KERNELS_MODULES = ("virtio_mem",)
+#: On s390x the second drives crypto adapters of the host.
+SOME_KERNELS_MODULES = ("virtio_mem", "zcrypt_cex4")
+#: For programs of containers that drive PCI devices of the host themselves.
+VFIO_MODULES = ("vfio_pci", "vfio_iommu_type1")
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class _Image:
         self._python_modules = len(modules.bytecode) + len(modules.extensions)
         wanted = (
             *KERNEL_MODULES,
-            *(BIG_ENDIAN_MODULES if self._arch == "s390x" else ()),
+            *(BIG_ENDIAN_MODULES if self._arch == "s390x" else VFIO_MODULES),
             *filter(self._modules_dir.has_file, SOME_KERNELS_MODULES),
         )
         drivers = self._modules_dir.closure(wanted)
