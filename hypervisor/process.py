@@ -6,7 +6,8 @@ What a helper can rely on, and what it cannot do:
   it executes the program, and leaves at once if we died before it could ask. The signal belongs to the
   *thread* that started the child, so this must run on a thread that lives as long as the program is wanted:
   the event loop's.
-- It inherits the file descriptors named in `fds`, under their numbers, and no others. stdin is /dev/null.
+- It inherits the file descriptors named in `fds`, under their numbers, and no others. stdin is /dev/null unless it is
+  given something to read.
 - stdout and stderr are one pipe, of which the last lines are kept (`hypervisor.tail`). The environment is
   minimal.
 - It may run as another user, who then is nothing but that: no capabilities, and no way to new ones.
@@ -33,7 +34,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -58,6 +59,7 @@ _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 _READ_BYTES = 65536
 # <linux/prctl.h> and <linux/sched.h>
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 1, 24, 28, 38
+_CLONE_NEWNS = 0x20000
 _SECBIT_NO_SETUID_FIXUP = 1 << 2  # <linux/securebits.h>
 _LOCKING_REMEDY = "the shim needs CAP_SYS_RESOURCE, or a greater limit (LimitMEMLOCK of containerd's unit)"
 # What a program that is executed next gets as its SELinux label.
@@ -167,6 +169,9 @@ async def spawned(
     fds: Sequence[int] = (),
     renumbered: Mapping[int, int] = MappingProxyType({}),
     environment: Mapping[str, str] = MappingProxyType({}),
+    program: str = "",
+    stdin: int | None = None,
+    mounts: int | None = None,
     netns: Path | None = None,
     keep_capabilities: bool = False,
     user: User | None = None,
@@ -177,9 +182,10 @@ async def spawned(
     """Run a program for the length of the block.
 
     It gets the descriptors `fds` by their numbers here, and those of `renumbered` by the keys' numbers, which are
-    not 0 to 2; `environment` is added to a plain one. With `keep_capabilities` it has those of root also while it acts
-    as another user. With `user` it runs as that one from its beginning, with `selinux_label` under that label; with
-    `locked_bytes` it may lock that much memory without root's rights.
+    not 0 to 2; `environment` is added to a plain one. `program` is the file to execute, when that is not `argv`'s first
+    word; `stdin` is what it reads, `mounts` a descriptor of a mount namespace for it. With `keep_capabilities` it has
+    those of root also while it acts as another user. With `user` it runs as that one from its beginning, with
+    `selinux_label` under that label; with `locked_bytes` it may lock that much memory without root's rights.
 
     Leaving the block sends SIGTERM, SIGKILL `grace_s` seconds later (at once when 0), and waits for the end.
     Being cancelled there cuts the grace short and is passed on after the program is gone.
@@ -188,6 +194,8 @@ async def spawned(
     cannot be had.
     """
     steps: list[_Step] = []
+    if mounts is not None:
+        steps.append(_seeing(argv[0], mounts))
     if selinux_label:
         steps.append(_labelled(argv[0], selinux_label))
     if locked_bytes:
@@ -196,18 +204,26 @@ async def spawned(
         steps.append(_keeping_capabilities(argv[0]))
     if user is not None:
         steps.append(_become(argv[0], user))
-    process = _start(argv, fds, renumbered, environment, netns, steps)
+    process = _start(_What(argv, program or argv[0], environment, stdin), fds, renumbered, netns, steps)
     try:
         yield process
     finally:
         await _end(process, grace_s)
 
 
+class _What(NamedTuple):
+    """What is executed."""
+
+    argv: Sequence[str]
+    program: str
+    environment: Mapping[str, str]
+    stdin: int | None
+
+
 def _start(
-    argv: Sequence[str],
+    what: _What,
     fds: Sequence[int],
     renumbered: Mapping[int, int],
-    environment: Mapping[str, str],
     netns: Path | None,
     steps: Sequence[_Step],
 ) -> Process:
@@ -220,16 +236,16 @@ def _start(
             if netns is not None:
                 netns_fd = open_netns(netns)
                 stack.callback(os.close, netns_fd)
-                steps = [_entering(argv[0], netns, netns_fd), *steps]
+                steps = [_entering(what.program, netns, netns_fd), *steps]
             renumbered = _out_of_the_way(renumbered, stack)
             setup = _child_setup(os.getpid(), steps, renumbered)
             try:
-                popen = _popen(argv, (*fds, *renumbered), output_write, setup, environment)
+                popen = _popen(what, (*fds, *renumbered), output_write, setup)
             except subprocess.SubprocessError as err:  # in setup, which has written the reason
                 raise HostUnsupported(os.read(output_read, _READ_BYTES).decode()) from err
-        log.debug("program_started", pid=popen.pid, argv=list(argv))
+        log.debug("program_started", pid=popen.pid, argv=list(what.argv))
         undo.callback(_kill_unwatched, popen)
-        process = Process(argv, popen, output_read, os.pidfd_open(popen.pid))
+        process = Process(what.argv, popen, output_read, os.pidfd_open(popen.pid))
         undo.pop_all()
     return process
 
@@ -240,29 +256,26 @@ def _kill_unwatched(popen: subprocess.Popen[bytes]) -> None:
 
 
 def _popen(
-    argv: Sequence[str],
-    fds: Sequence[int],
-    output_fd: int,
-    child_setup: Callable[[], None],
-    environment: Mapping[str, str],
+    what: _What, fds: Sequence[int], output_fd: int, child_setup: Callable[[], None]
 ) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
+            what.argv,
+            executable=what.program,
+            stdin=subprocess.DEVNULL if what.stdin is None else what.stdin,
             stdout=output_fd,
             stderr=output_fd,
             pass_fds=tuple(fds),
-            env={**_ENVIRONMENT, **environment},
+            env={**_ENVIRONMENT, **what.environment},
             cwd="/",
             start_new_session=True,
             preexec_fn=child_setup,  # one thread: see the module's docstring
         )
     except OSError as err:
         if err.errno in SHORTAGES:
-            raise OSError(err.errno, f"cannot start {argv[0]}: {err.strerror}") from err
+            raise OSError(err.errno, f"cannot start {what.program}: {err.strerror}") from err
         remedy = "install it or correct its path in the configuration"
-        raise ProgramNotFound(argv[0], err.strerror or str(err), remedy) from err
+        raise ProgramNotFound(what.program, err.strerror or str(err), remedy) from err
 
 
 def _out_of_the_way(renumbered: Mapping[int, int], stack: contextlib.ExitStack) -> dict[int, int]:
@@ -316,6 +329,16 @@ def _entering(program: str, netns: Path, fd: int) -> _Step:
 
     what = f"cannot enter network namespace {netns} for {program}"
     return what, "the caller needs CAP_SYS_ADMIN over it", enter
+
+
+def _seeing(program: str, mounts: int) -> _Step:
+    setns = ctypes.CDLL(None, use_errno=True).setns
+
+    def see() -> None:
+        if setns(mounts, _CLONE_NEWNS) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    return f"cannot enter the mount namespace for {program}", "the caller needs CAP_SYS_ADMIN", see
 
 
 def _labelled(program: str, label: str) -> _Step:

@@ -61,6 +61,25 @@ class Root(msgspec.Struct, frozen=True):
     readonly: bool = False
 
 
+class Hook(msgspec.Struct, frozen=True):
+    """One hook: `args` begin with the program's own name, `env` is `NAME=value`, `timeout` seconds."""
+
+    path: str
+    args: tuple[str, ...] | None = None
+    env: tuple[str, ...] | None = None
+    timeout: int | None = None
+
+
+class Hooks(msgspec.Struct, frozen=True, rename="camel"):
+    """The hooks that run on the host."""
+
+    prestart: tuple[Hook, ...] = ()
+    create_runtime: tuple[Hook, ...] = ()
+    create_container: tuple[Hook, ...] = ()
+    poststart: tuple[Hook, ...] = ()
+    poststop: tuple[Hook, ...] = ()
+
+
 class Spec(msgspec.Struct, frozen=True):
     """What the shim itself reads of an OCI runtime spec (config.md of runtime-spec 1.0 to 1.2)."""
 
@@ -69,6 +88,7 @@ class Spec(msgspec.Struct, frozen=True):
     mounts: tuple[Mount, ...] = ()
     root: Root = Root()
     linux: Linux = Linux()
+    hooks: Hooks = Hooks()
 
     @property
     def netns(self) -> Path | None:

@@ -23,7 +23,7 @@ from shim.state import State, after
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
     from contextlib import ExitStack
     from pathlib import Path
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from agent_proto.gen.oci_pb2 import Process as OciProcess
     from shim.events import Publisher
     from shim.guest import GuestContainer
+    from shim.hooks import HostHooks
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -49,11 +50,14 @@ _REMOVE_LIMIT_S = 1.0
 
 
 class Container:
-    """A container that exists in the guest. `pid` is the VM's, which stands for every process in it."""
+    """A container that exists in the guest. `pid` is the VM's, which stands for every process in it; `before_start` is
+    what has to be done before its init runs.
+    """
 
     def __init__(
         self, container_id: str, bundle: Path, *, guest: GuestContainer, events: Publisher,
-        namespace: str, stdio: Stdio, io: ProcessIO, undo: ExitStack,
+        namespace: str, stdio: Stdio, io: ProcessIO, undo: ExitStack, hooks: HostHooks | None = None,
+        before_start: Callable[[], Awaitable[None]] | None = None,
     ) -> None:  # fmt: skip
         self.id = container_id
         self.bundle = bundle
@@ -62,6 +66,8 @@ class Container:
         self._events = ContainerEvents(events, container_id, guest.pid)
         self._namespace = namespace
         self._undo = undo
+        self._hooks = hooks
+        self._before_start = before_start
         self._lock = asyncio.Lock()
         self._execs: dict[str, Process] = {}
         self._adding: set[str] = set()
@@ -118,10 +124,14 @@ class Container:
     async def _start_init(self) -> None:
         after(self.init.state, "start", self.init.what)
         try:
+            if self._before_start is not None:
+                await self._before_start()
             await self.init.start(lambda: self._events.started(self.init))
         except BaseException:
             await self._kill_quietly(self.init)  # it has no other end than this one
             raise
+        if self._hooks is not None:
+            await self._hooks.started()
 
     async def _start_exec(self, process: Process) -> None:
         after(process.state, "start", process.what)
@@ -291,6 +301,8 @@ class Container:
             if remove_in_guest and self._end.guest_alive:
                 await self._remove_in_guest(max(until, now() + _REMOVE_LIMIT_S))
             self._undo_mounts()
+            if self._hooks is not None:
+                await self._hooks.stopped()
             for process in list(self._execs.values()):
                 self._forget_exec(process)
             self._end.tell_deletion()

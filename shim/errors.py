@@ -31,5 +31,9 @@ class NetworkNotMirrored(ShimError):
     """An interface of the pod that the guest cannot have."""
 
 
+class HookFailed(ShimError):
+    """A hook of the container that has to succeed before there is one."""
+
+
 class NotSupported(ShimError):
     """A part of the API that this shim does not have."""

@@ -12,14 +12,13 @@ from shim.protowire import bytes_field
 
 # The name under which containerd packs that JSON into an Any.
 FEATURES_URL = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
-# The guest runs containers with a cgroup v2 tree of its own, whatever the host has. Hooks belong to the host and are
-# not run. What is neither granted nor refused by the shim, as the architectures of seccomp, is left out: that means
-# "unknown".
+# The guest runs containers with a cgroup v2 tree of its own, whatever the host has. What is neither granted nor refused
+# by the shim, as the architectures of seccomp, is left out: that means "unknown".
 FEATURES = """\
 {
  "ociVersionMin": "1.0.0",
  "ociVersionMax": "1.2.0",
- "hooks": [],
+ "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
  "mountOptions": [
   "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "iversion", "loud", "mand", "noatime",
   "nodev", "nodiratime", "noexec", "noiversion", "nomand", "norelatime", "nostrictatime", "nosuid", "private", "rbind",

@@ -64,6 +64,7 @@ class PodNetwork:
         self._settings = settings
         self._remember = remember
         self._macvtap = macvtap
+        self._turn = asyncio.Lock()
         self._joined: set[int] = set()
         self._told = Snapshot()
         self._snapshot = Snapshot()
@@ -118,13 +119,26 @@ class PodNetwork:
             while True:
                 await news.wait()
                 news.clear()
-                drain(self._changes)
                 try:
-                    await self._catch_up(agent, machine)
+                    async with self._turn:
+                        for err in await self._catch_up(agent, machine):
+                            log.error("interface_not_mirrored", reason=str(err))
                 except (NetworkNotMirrored, HypervisorError, RpcError, OSError) as err:
                     log.error("network_change_not_mirrored", error=str(err))
         finally:
             loop.remove_reader(self._changes)
+
+    async def catch_up(self, agent: AgentClient, machine: Machine) -> None:
+        """Bring to the guest what has changed by now, and wait until it has it.
+
+        Raises:
+            NetworkNotMirrored, HypervisorError, OSError: an interface that cannot be brought to it.
+            RpcError: the agent refused.
+        """
+        if self.nic_ports:
+            async with self._turn:
+                for err in await self._catch_up(agent, machine):
+                    raise err
 
     def part(self) -> None:
         """Undo `join`: the machine is gone. Another one starts from nothing. Harmless when repeated."""
@@ -141,9 +155,10 @@ class PodNetwork:
         self.part()
         self._undo.close()
 
-    async def _catch_up(self, agent: AgentClient, machine: Machine) -> None:
-        """One look at what there is now, and everything that follows from it."""
-        now = scan(self._rtnl)
+    async def _catch_up(self, agent: AgentClient, machine: Machine) -> list[HypervisorError]:
+        """One look at what there is now, and everything that follows from it; returns what keeps interfaces out."""
+        drain(self._changes)
+        now, failures = scan(self._rtnl), []
         here = {interface.key for interface in now.interfaces}
         for interface in self._snapshot.interfaces:
             if interface.key not in here:
@@ -158,12 +173,13 @@ class PodNetwork:
                 try:
                     await self._plug(interface, machine)
                 except HypervisorError as err:
-                    log.error("interface_not_mirrored", interface=interface.link.name, error=str(err))
+                    failures.append(err)
                     now = now.without(interface)
                     continue
                 log.info("interface_plugged", interface=interface.link.name, mac=interface.link.mac)
         self._snapshot = now
         await self.tell(agent)
+        return failures
 
     async def _plug(self, interface: Interface, machine: Machine) -> None:
         self._expect(interface)

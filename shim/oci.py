@@ -1,7 +1,7 @@
 """From the bundle's OCI JSON to the spec that the guest's agent gets: conversion, then the edits that a VM needs.
 
-What belongs to the host (hooks, host cgroup devices, network and PID namespaces, host paths of mounts) is taken out or
-rewritten here, so that nothing of the host's layout is ever told to the guest.
+What belongs to the host (its hooks, host cgroup devices, network and PID namespaces, host paths of mounts) is taken out
+or rewritten here, so that nothing of the host's layout is ever told to the guest.
 """
 
 from __future__ import annotations
@@ -142,7 +142,10 @@ def edit_for_guest(
 ) -> bool:
     """Make a spec fit for the guest; returns whether the container joins the sandbox's PID namespace."""
     spec.Root.Path = rootfs
+    hooks = oci_pb2.Hooks(StartContainer=spec.Hooks.StartContainer)
     spec.ClearField("Hooks")
+    if hooks.StartContainer:  # a program of the container's own
+        spec.Hooks.CopyFrom(hooks)
     for key, value in ((CONTAINER_TYPE, container_type), (BUNDLE_PATH, bundle)):
         if key not in spec.Annotations:
             spec.Annotations[key] = value

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import structlog
@@ -27,6 +28,7 @@ from shim.bundle import Bundle
 from shim.container import Container
 from shim.errors import AlreadyExists, GuestUnreachable, InvalidRequest, NotFound, NotSupported, StateConflict
 from shim.guest import Guest, GuestContainer
+from shim.hooks import HostHooks
 from shim.io import ProcessIO
 from shim.liveness import Liveness
 from shim.log import number_of
@@ -151,7 +153,8 @@ class Sandbox:
         """Make a container in the guest; the first waits for the guest to be up.
 
         Raises:
-            AlreadyExists, InvalidRequest, GuestUnreachable, HypervisorError, OSError (a mount), RpcError (the agent).
+            AlreadyExists, InvalidRequest, GuestUnreachable, HookFailed, NetworkNotMirrored, HypervisorError,
+            OSError (a mount), RpcError (the agent).
         """
         container_id = request.container_id
         if container_id in self._containers or container_id in self._creating:
@@ -243,11 +246,14 @@ class Sandbox:
                 sandbox_pidns=joins_pidns,
                 shared_mounts=oci.shared_mounts(spec, self._boot.config.runtime.shared_mounts),
             )
+            hooks = HostHooks(bundle, machine.pid, self._share.host_mounts)
             try:
-                await _answered(guest.agent.create_container(message), machine)
-            except RpcError as err:
-                if err.code is Code.DEADLINE_EXCEEDED:
-                    self._in_background(_forget(guest.agent, request.container_id), f"forget {what}")
+                if await hooks.prepare():
+                    await self._boot.network.catch_up(guest.agent, machine)
+                await hooks.create(self._boot.network.netns)
+                await self._create_in_guest(message, guest, machine)
+            except BaseException:
+                await hooks.stopped()
                 raise
             container = Container(
                 request.container_id,
@@ -258,9 +264,25 @@ class Sandbox:
                 stdio=request.stdio,
                 io=io,
                 undo=undo.pop_all(),
+                hooks=hooks,
+                # Docker and nerdctl bring the network between Create and Start.
+                before_start=partial(self._boot.network.catch_up, guest.agent, machine)
+                if request.container_id == self.id
+                else None,
             )
         self._publish_create(request, machine.pid)
         return container
+
+    async def _create_in_guest(
+        self, message: agent_pb2.CreateContainerRequest, guest: Guest, machine: Machine
+    ) -> None:
+        try:
+            await _answered(guest.agent.create_container(message), machine)
+        except RpcError as err:
+            if err.code is Code.DEADLINE_EXCEEDED:
+                forgetting = _forget(guest.agent, message.container_id)
+                self._in_background(forgetting, f"forget container {message.container_id}")
+            raise
 
     async def _suit(self, container_id: str, process: OciProcess) -> None:
         """See to it that the machine runs the container's program: for the first container's it is replaced.

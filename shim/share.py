@@ -38,7 +38,7 @@ class SharedDir:
         self._base = Path(paths.shared_dir(sandbox_id))
         self._passthrough = self._base / "rw" / "passthrough"
         self.exported = self._base / "ro"
-        self._host_mounts: int | None = None
+        self.host_mounts: int | None = None
 
     def create(self, host_mounts: int | None = None) -> None:
         """Make the directories and join them by mount propagation. `host_mounts` is a descriptor of the mount namespace
@@ -48,7 +48,7 @@ class SharedDir:
             OSError: a directory or mount could not be made.
         """
         rw = self._base / "rw"
-        self._host_mounts = host_mounts
+        self.host_mounts = host_mounts
         paths.make_dir(str(self._base))
         self._passthrough.mkdir(parents=True, mode=0o755)
         self.exported.mkdir()
@@ -93,7 +93,7 @@ class SharedDir:
             # One detaching per mount: they may lie on top of each other. What lies below goes with them.
             undo.callback(mounts.detach, str(target))
             mounts.mount_with_options(
-                mount.type, mount.source, place, list(mount.options), namespace=self._host_mounts
+                mount.type, mount.source, place, list(mount.options), namespace=self.host_mounts
             )
         if not rootfs:
             if not directory.is_dir():
@@ -101,7 +101,7 @@ class SharedDir:
                     f"container {container_id} has no root file system: {directory} does not exist"
                 )
             undo.callback(mounts.detach, str(target))
-            mounts.bind(str(directory), str(target), recursive=True, namespace=self._host_mounts)
+            mounts.bind(str(directory), str(target), recursive=True, namespace=self.host_mounts)
         return f"{GUEST_PASSTHROUGH}/{container_id}/rootfs"
 
     def rootfs(self, container_id: str) -> Path:
@@ -127,7 +127,7 @@ class SharedDir:
                 recursive=True,
                 flags=0 if _READ_ONLY.isdisjoint(options) else mounts.MS_RDONLY,
                 follow=not _FOLLOWING.isdisjoint(options),
-                namespace=self._host_mounts,
+                namespace=self.host_mounts,
             )
         except (FileNotFoundError, NotADirectoryError) as err:
             raise InvalidRequest(
@@ -159,7 +159,7 @@ class SharedDir:
                 path,
                 recursive=True,
                 flags=mounts.MS_RDONLY if access == "ro" else 0,
-                namespace=self._host_mounts,
+                namespace=self.host_mounts,
             )
             try:
                 target = folder / Path(path).name

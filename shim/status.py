@@ -20,6 +20,7 @@ RPC_CODES: Mapping[str, Code] = {
     "InvalidRequest": Code.INVALID_ARGUMENT,
     "GuestUnreachable": Code.UNAVAILABLE,
     "NetworkNotMirrored": Code.FAILED_PRECONDITION,
+    "HookFailed": Code.FAILED_PRECONDITION,
     "NotSupported": Code.UNIMPLEMENTED,
     "TimeoutError": Code.DEADLINE_EXCEEDED,
     "ConfigError": Code.INVALID_ARGUMENT,

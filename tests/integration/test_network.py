@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import re
 import secrets
@@ -36,6 +37,17 @@ ROUNDS = 20
 # Bits per second, and the bytes that are let through at once.
 RATE, BURST_BYTES = 4_000_000, 65536
 SENT_BYTES = 1 << 20
+# What Docker's and nerdctl's hooks do: the network namespace is found by the process of the state.
+HOOK = """\
+#!/bin/sh -e
+pid=$(sed 's/.*"pid": *\\([0-9]*\\).*/\\1/')
+ip link add {outer} type veth peer name eth0 netns $pid
+ip address add 10.214.0.1/24 dev {outer}
+ip link set {outer} up
+nsenter -t $pid -n ip address add 10.214.0.2/24 dev eth0
+nsenter -t $pid -n ip link set eth0 up
+nsenter -t $pid -n ip route add default via 10.214.0.1
+"""
 
 
 def ip(words: str) -> str:
@@ -297,6 +309,40 @@ def test_interfaces_come_change_and_go(containerd: Containerd) -> None:
     )
     assert [entry.split()[0] for entry in links.stdout.splitlines()] == ["lo"]
     containerd.remove(container)
+
+
+def test_hooks_bring_the_network(containerd: Containerd, tmp_path: Path) -> None:
+    """A container's own hook makes its network before there is a container, which then has it from its first moment."""
+    outer, root = f"kp{secrets.token_hex(3)}", tmp_path / "root"
+    root.mkdir()
+    hook = tmp_path / "hook"
+    hook.write_text(HOOK.format(outer=outer))
+    hook.chmod(0o755)
+    spec = json.loads(containerd.checked("oci", "spec"))
+    spec["root"] = {"path": str(root), "readonly": False}
+    script = "ls /started; ip -4 address show eth0; ip route"
+    spec["process"] |= {"terminal": False, "args": ["sh", "-c", script], "env": ["PATH=/bin:/sbin"]}
+    spec["hooks"] = {
+        "createRuntime": [{"path": str(hook)}],
+        "startContainer": [{"path": "/bin/touch", "args": ["touch", "/started"]}],
+        "poststop": [{"path": "/sbin/ip", "args": ["ip", "link", "delete", outer]}],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(spec))
+    containerd.checked(
+        "images", "mount", "--rw", "--snapshotter", containerd.snapshotter, containerd.image, str(root)
+    )
+    try:
+        done = containerd.ctr(
+            *("run", "--rm", *containerd.server.fifo_options(), "--runtime", containerd.runtime),
+            *("--config", str(tmp_path / "config.json"), containerd.new_id()),
+        )
+    finally:
+        containerd.checked("images", "unmount", "--rm", str(root))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("/started\n")
+    assert f"inet {GUEST}/24" in done.stdout
+    assert f"default via {HOST} dev eth0" in done.stdout
+    assert outer not in ip("-br link")
 
 
 def test_a_killed_shim_leaves_nothing_on_the_pods_interface(containerd: Containerd, wired: Namespace) -> None:

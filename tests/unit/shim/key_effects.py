@@ -102,6 +102,8 @@ class Machine:
 class Share:
     """The shared directory, in name only."""
 
+    host_mounts = None
+
     def __init__(self, folder: Path, seen: list[str]) -> None:
         self.exported = folder / "ro"
         self._seen = seen

@@ -235,7 +235,8 @@ def test_edits_of_a_full_spec() -> None:
         "io.katacontainers.pkg.oci.container_type": "pod_container",
         "io.katacontainers.pkg.oci.bundle_path": "/b",
     }
-    del expected["hooks"], expected["linux"]["mountlabel"]
+    expected["hooks"] = {"startcontainer": expected["hooks"]["startcontainer"]}
+    del expected["linux"]["mountlabel"]
     del expected["process"]["selinuxlabel"], expected["process"]["apparmorprofile"]
     drop_the_hosts(expected["linux"]["resources"])
     expected["linux"]["namespaces"] = [{"type": "ipc"}, {"type": "mount"}, {"type": "cgroup"}]
