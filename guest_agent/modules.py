@@ -73,6 +73,10 @@ class Modules:
                 self._load(other, "")
         with open(path, "rb") as file:
             image = file.read()
+        if path.endswith(".z"):
+            import zlib
+
+            image = zlib.decompress(image)
         try:
             syscalls.init_module(image, parameters, name)
         except OSError as err:

@@ -8,14 +8,14 @@ import socket
 from functools import partial
 from typing import TYPE_CHECKING
 
-from guest_agent import cgroup, machine
+from guest_agent import cgroup, machine, spawn
 from guest_agent.container import BUNDLES, RUNNING, STOPPED, Container
 from guest_agent.errors import AlreadyExists, InvalidRequest, NotFound, NotSupported, StateConflict
 from guest_agent.mount import is_mount_point, mount
 from guest_agent.namespaces import adapt
 from guest_agent.oci import spec_to_json
 from guest_agent.oom import OomReports
-from guest_agent.storage import SANDBOX_USER, Storages
+from guest_agent.storage import SANDBOX_USER, Storages, flush
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -196,10 +196,19 @@ class Sandbox:
         container = self.container(container_id)
         async with asyncio.timeout(timeout_s), container.lock:
             await container.remove()
+            await self._flush(container_id)
         self._containers.pop(container_id, None)
         if container is self._sandbox_container:
             self._sandbox_container = None
         self.storages.release(container_id)
+
+    async def _flush(self, container_id: str) -> None:
+        """Write to its disks what the container has written, aside: others are not to wait for that."""
+        for mount_point in self.storages.disks_of(container_id):
+            try:
+                await spawn.aside(self._reaper, partial(flush, mount_point))
+            except OSError as err:
+                self._log.error("disk_not_written", mount_point=mount_point, error=str(err))
 
     async def destroy(self) -> None:
         """End every container, write everything to disk, and say that the machine may stop."""

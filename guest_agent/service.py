@@ -20,7 +20,7 @@ from guest_agent.namespaces import drop_missing_security, drop_v1_limits
 from guest_agent.sandbox import refuse_nul, refuse_unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Sequence
 
     from guest_agent.cmdline import Settings
     from guest_agent.log import Log
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 TTRPC_PROTOCOL_VERSION = "0.0.1"
 #: Devices of the host; what is done about them is loaded with the first one.
 PASSED_THROUGH = ("vfio-pci", "vfio-pci-gk", "vfio-ap", "vfio-ap-cold")
-DEVICE_HANDLERS: tuple[str, ...] = PASSED_THROUGH
+#: Disks that the host plugs in, named by their address; what finds them is loaded with the first one.
+DISKS = ("blk", "blk-ccw", "scsi")
+DEVICE_HANDLERS: tuple[str, ...] = (*DISKS, *PASSED_THROUGH)
 EXTRA_FEATURES: tuple[str, ...] = ("kata-py", kata_py_agent_pb2.DESCRIPTOR.package)
 MAX_DIAGNOSTIC_BYTES = 64 * 1024
 
@@ -116,6 +118,7 @@ class AgentService:
 
     async def create_sandbox(self, request: agent_pb2.CreateSandboxRequest, call: Call) -> Empty:
         refuse_nul(request)
+        await self._find_disks(request.storages)
         self._sandbox.create(request)
         self._log.info("sandbox_created", sandbox=self._sandbox.id)
         return Empty()
@@ -243,11 +246,31 @@ class AgentService:
         refuse_nul(request)
 
         async def create() -> None:
+            await self._find_disks(request.storages, request)
             if any(device.type in PASSED_THROUGH for device in request.devices):
                 await self._hand_out(request)
             await self._sandbox.create_container(request)
 
         return await self._finish(create())
+
+    async def _find_disks(
+        self,
+        storages: Sequence[agent_pb2.Storage],
+        request: agent_pb2.CreateContainerRequest | None = None,
+    ) -> None:
+        """Put what the guest calls its disks in place of their addresses."""
+        devices = request.devices if request is not None else ()
+        if not any(storage.driver in DISKS for storage in storages) and not any(
+            device.type in DISKS for device in devices
+        ):
+            return
+        from guest_agent import disks
+
+        patience_s = self._settings.hotplug_timeout_s
+        finder = disks.Finder(self._uevents, self._sandbox.load_driver, patience_s=patience_s)
+        await disks.locate(storages, finder)
+        if request is not None:
+            await disks.hand_out(request, finder)
 
     async def _hand_out(self, request: agent_pb2.CreateContainerRequest) -> None:
         from guest_agent import passthrough

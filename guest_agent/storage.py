@@ -10,6 +10,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
+from guest_agent import syscalls
 from guest_agent.errors import InvalidRequest, NotSupported
 from guest_agent.mount import mount, unmount
 
@@ -35,6 +36,7 @@ class Storages:
         self._modules = modules
         self._users: dict[str, set[str]] = {}
         self._made: set[str] = set()
+        self._on_disks: set[str] = set()
         self._handlers: dict[str, Handler] = {
             "virtio-fs": self._mount_as_is,
             "9p": self._mount_9p,
@@ -45,6 +47,7 @@ class Storages:
             # Changes of a shared directory show in a bind of it at once, so there is nothing to watch.
             "watchable-bind": self._bind,
             "blk": self._mount_device,
+            "blk-ccw": self._mount_device,
             "mmioblk": self._mount_device,
             "nvdimm": self._mount_device,
             "scsi": self._mount_device,
@@ -112,6 +115,10 @@ class Storages:
         if problem is not None:
             raise problem
 
+    def disks_of(self, user: str) -> list[str]:
+        """Mount points of the disks that only `user` uses."""
+        return [path for path in self._users if path in self._on_disks and self._users[path] == {user}]
+
     def _release(self, mount_point: str, user: str) -> None:
         users = self._users[mount_point]
         users.discard(user)
@@ -120,6 +127,7 @@ class Storages:
             self._unmount(mount_point)
 
     def _unmount(self, mount_point: str) -> None:
+        self._on_disks.discard(mount_point)
         unmount(mount_point)
         self._remove_made(mount_point)
 
@@ -193,6 +201,16 @@ class Storages:
         if not stat.S_ISBLK(os.stat(storage.source).st_mode):
             raise InvalidRequest(f"storage source {storage.source} is not a block device")
         self._mount_as_is(storage)
+        self._on_disks.add(storage.mount_point)
+
+
+def flush(mount_point: str) -> None:
+    """Write everything to the file system's disk. May take long. Raises OSError."""
+    fd = os.open(mount_point, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        syscalls.syncfs(fd)
+    finally:
+        os.close(fd)
 
 
 def set_group(path: str, group_id: int, policy: int) -> None:

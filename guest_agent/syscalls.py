@@ -90,6 +90,7 @@ _inotify_add_watch = _function("inotify_add_watch", _Int, _Bytes, _Int)
 _inotify_rm_watch = _function("inotify_rm_watch", _Int, _Int)
 _reboot = _function("reboot", _Ulong)
 _unshare = _function("unshare", _Int)
+_syncfs = _function("syncfs", _Int)
 _setns = _function("setns", _Int, _Int)
 
 
@@ -142,6 +143,11 @@ def inotify_rm_watch(fd: int, handle: int) -> None:
 def unshare(flags: int) -> None:
     """unshare(2). Python has it from 3.12 on. Raises OSError."""
     _check(_unshare(flags), "unshare")
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2). Raises OSError."""
+    _check(_syncfs(fd), "syncfs")
 
 
 def setns(fd: int, kind: int) -> None:

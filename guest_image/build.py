@@ -46,6 +46,9 @@ KERNEL_MODULES = (
     *("virtiofs", "overlay", "virtio_blk", "virtio_net"),
     *("virtio_balloon", "virtio_rng"),
 )
+#: What few guests load and much memory would go to: it is in the image compressed. File systems and buses of disks that
+#: the host plugs in, devices that containers ask for.
+SELDOM_MODULES = ("ext4", "xfs", "virtio_scsi", "sd_mod", "tun")
 #: And what it loads where the host's byte order may be another one, which virtiofs does not bridge.
 BIG_ENDIAN_MODULES = ("9pnet_virtio", "9p")
 #: The same, of kernels that have them: before Linux 6.13 there is no virtio-mem on s390x.
@@ -161,8 +164,10 @@ class _Image:
             *(BIG_ENDIAN_MODULES if self._arch == "s390x" else VFIO_MODULES),
             *filter(self._modules_dir.has_file, SOME_KERNELS_MODULES),
         )
-        drivers = self._modules_dir.closure(wanted)
-        contents.kernel_modules(self._modules_dir.release, drivers, self._modules_dir.builtin)
+        usual = {module.name for module in self._modules_dir.closure(wanted)}
+        drivers = self._modules_dir.closure((*wanted, *SELDOM_MODULES))
+        seldom = frozenset(module.name for module in drivers) - usual
+        contents.kernel_modules(self._modules_dir.release, drivers, self._modules_dir.builtin, seldom)
         self._module_names = [module.name for module in drivers]
 
     def finish(self, vmlinux_bytes: int, inputs: str) -> tuple[bytes, Manifest]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import marshal
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,12 +137,24 @@ class Contents:
         # The interpreter takes the directory that has this file for its library; the module itself is inside it.
         self.add("Python library", f"{base}/os.pyc", b"")
 
-    def kernel_modules(self, release: str, modules: Sequence[Module], builtin: frozenset[str]) -> None:
-        """Modules and the list the agent loads them by: "name file needed-module..." in an order that works."""
+    def kernel_modules(
+        self,
+        release: str,
+        modules: Sequence[Module],
+        builtin: frozenset[str],
+        seldom: frozenset[str] = frozenset(),
+    ) -> None:
+        """Modules and the list the agent loads them by: "name file needed-module..." in an order that works.
+
+        Those that are `seldom` loaded are compressed with zlib, which the guest's interpreter has built in.
+        """
         lines = []
         for module in modules:
             path = f"/usr/lib/modules/{release}/{module.name}.ko"
-            self.add("kernel modules", path, module.data)
+            data = module.data
+            if module.name in seldom:
+                path, data = f"{path}.z", zlib.compress(data, 9)
+            self.add("kernel modules", path, data)
             lines.append(" ".join((module.name, path, *module.needs)))
         self.add("kernel modules", f"{DATA_DIR}/modules", "".join(line + "\n" for line in lines).encode())
         self.add("kernel modules", f"{DATA_DIR}/modules.builtin", "\n".join(sorted(builtin)).encode())

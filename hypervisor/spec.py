@@ -94,6 +94,19 @@ class NumaNode:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Disk:
+    """A disk that is plugged into a running machine. What is on it, a block device or a file, its opener says."""
+
+    id: str
+    """QEMU's name of the disk, at most 31 characters."""
+    read_only: bool = False
+    shared: bool = False
+    """Somebody else may write to it, another machine perhaps. Else QEMU refuses a disk that another QEMU has."""
+    discard: bool = False
+    """Give the host back what the guest discards."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class QmpTimeouts:
     """How patient we are with QEMU's monitor. The defaults of the handshake are Kata's."""
 
@@ -204,11 +217,16 @@ class VmSpec:
     disk_queue_size: int | None = None
     """A power of two, 4 to 1024."""
     disk_queues: int | None = None
+    disk_logical_sector_bytes: int | None = None
+    """Of disks that are plugged in later: a power of two, 512 to 65536; None, here and in the next, is QEMU's own."""
+    disk_physical_sector_bytes: int | None = None
     extensions: tuple[Extension, ...] = ()
+    disk_places: bool = False
+    """Room for virtio disks that are plugged in later."""
     scsi: bool = False
-    """A SCSI controller for disks added later."""
+    """A SCSI controller, which disks that are plugged in later belong to."""
     spare_iothreads: int = 0
-    """Threads for disks added later."""
+    """Threads for virtio disks that are plugged in later."""
     virtio_mem: bool = False
     """A device that memory can be added through later, as much as `max_memory_mib` allows."""
     balloon: bool = False

@@ -97,7 +97,12 @@ def plan(
         log.warning("accel_fallback", accel=accel.value, reason=accel.reason)
     if vsock.reason:
         log.info("vsock_fallback", vsock=vsock.value, reason=vsock.reason)
-    has_disks = qemu.image or qemu.guest_extension_images or qemu.initdata
+    has_disks = (
+        qemu.image
+        or qemu.guest_extension_images
+        or qemu.initdata
+        or not qemu.disable_block_device_use  # and with that, later ones
+    )
     io_uring = not has_disks or host.has_io_uring()
     if not io_uring and qemu.block_device_aio == "io_uring":
         log.info("io_uring_fallback", aio="threads", reason="this host does not let programs use io_uring")

@@ -28,6 +28,8 @@ LATE = (
     "hypervisor.numa",
     "hypervisor.qemu.capabilities",
     "hypervisor.qemu.confidential",
+    "hypervisor.qemu.disk",
+    "hypervisor.qemu.disk_places",
     "hypervisor.qemu.dump",
     "hypervisor.qemu.events",
     "hypervisor.extension",

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
         disk_cache_no_flush: bool | None
         disk_queue_size: int
         disk_queues: int
+        disk_logical_sector_bytes: int | None
+        disk_physical_sector_bytes: int | None
+        disk_places: bool
         scsi: bool
         spare_iothreads: int
 
@@ -186,7 +189,8 @@ def _disks(qemu: Qemu, *, io_uring: bool) -> DiskOptions:
     aio = "threads" if qemu.block_device_aio == "io_uring" and not io_uring else qemu.block_device_aio
     cached = qemu.block_device_cache_set
     comes_later = not qemu.disable_block_device_use
-    spare = comes_later and qemu.enable_iothreads and qemu.block_device_driver == "virtio-blk-pci"
+    virtio = comes_later and qemu.block_device_driver.startswith("virtio-blk-")
+    spare = virtio and qemu.enable_iothreads
     return {
         "disk_aio": aio,
         # QEMU has native I/O only past the page cache.
@@ -194,6 +198,9 @@ def _disks(qemu: Qemu, *, io_uring: bool) -> DiskOptions:
         "disk_cache_no_flush": qemu.block_device_cache_noflush if cached else None,
         "disk_queue_size": qemu.queue_size,
         "disk_queues": qemu.num_queues,
+        "disk_logical_sector_bytes": qemu.block_device_logical_sector_size or None,
+        "disk_physical_sector_bytes": qemu.block_device_physical_sector_size or None,
+        "disk_places": virtio,
         "scsi": comes_later and qemu.block_device_driver == "virtio-scsi",
         "spare_iothreads": qemu.indep_iothreads if spare else 0,
     }

@@ -31,7 +31,7 @@ _STORE_ONLY = "of use only with `enable_vhost_user_store`"
 _REMOTE_ONLY = "of hypervisors on other machines"
 _EACH = "each network interface of the guest"
 _NO_PASSTHROUGH = "no device of the host reaches a guest, and a container that brings one is refused"
-_NO_DISK_LIMIT = "the guest's disks are images that are only read; limit the I/O of containers instead"
+_NO_DISK_LIMIT = "disks have no limits; limit the I/O of containers instead"
 _NO_DAX = "no QEMU has that window"
 
 
@@ -405,48 +405,40 @@ class Qemu(Section, frozen=True):
         bool,
         key(
             "now",
-            "Do not prepare the machine for disks added later. What is mounted from the host's block devices "
-            "reaches the guest as files with either value.",
+            "Give the guest no block devices of the host: the machine has no places for disks that are added later. "
+            "File systems on block devices and in image files are then mounted by the host, and shared with the guest.",
         ),
-    ] = True
+    ] = False
     block_device_driver: Annotated[
         BlockDriver,
         key(
             "now",
-            "Driver of disks added later: `virtio-scsi` gives the machine a controller for them, unless "
-            "`disable_block_device_use`. The guest's own disks are virtio disks.",
+            "Disks that are added later, for block devices and image files: `virtio-scsi` has one controller for any "
+            "number of them; virtio disks (`virtio-blk-ccw` on s390x) have places for 30, on arm64 for 8. "
+            "`virtio-pmem` cannot be added later: a container that needs a disk is refused. The guest's own disks are "
+            "virtio disks.",
         ),
     ] = "virtio-blk-pci"
     block_device_aio: Annotated[
         Literal["io_uring", "native", "threads"],
         key(
             "now",
-            "How QEMU reads the images of the guest's virtio disks. `io_uring` becomes `threads` on hosts "
+            "How QEMU reads and writes the guest's disks. `io_uring` becomes `threads` on hosts "
             "that forbid it; `native` goes past the host's page cache.",
         ),
     ] = "io_uring"
     block_device_cache_set: Annotated[
-        bool, key("now", "Apply the two cache keys below to the guest's virtio disks.")
+        bool, key("now", "Apply the two cache keys below to the guest's disks.")
     ] = False
     block_device_cache_direct: Annotated[bool, key("now", "Go past the host's page cache.")] = False
     block_device_cache_noflush: Annotated[bool, key("now", "Ignore flushes of the guest.")] = False
     block_device_logical_sector_size: Annotated[
         SectorSize,
-        key(
-            "warned",
-            "Logical sector size; 0 is QEMU's default.",
-            unit="bytes",
-            why="the guest's disks are images with partitions, whose tables were made for 512 bytes",
-        ),
+        key("now", "Logical sector size of disks that are added later; 0 is QEMU's default.", unit="bytes"),
     ] = 0
     block_device_physical_sector_size: Annotated[
         SectorSize,
-        key(
-            "warned",
-            "Physical sector size; 0 is QEMU's default.",
-            unit="bytes",
-            why="the guest's disks are images with partitions, whose tables were made for 512 bytes",
-        ),
+        key("now", "Physical sector size of disks that are added later; 0 is QEMU's default.", unit="bytes"),
     ] = 0
     enable_iothreads: Annotated[
         bool,
@@ -459,8 +451,8 @@ class Qemu(Section, frozen=True):
         int,
         key(
             "now",
-            "Number of threads for disks added later, at most 256, with `enable_iothreads` and "
-            "`virtio-blk-pci`, unless `disable_block_device_use`.",
+            "Number of threads that virtio disks added later share, at most 256, with `enable_iothreads` "
+            "and unless `disable_block_device_use`.",
             ge=0,
             le=256,
         ),

@@ -77,6 +77,9 @@ class Arch:
     pcie_ports: bool = False
     numa: bool = False
     """Whether a guest can be told which memory and processors are near each other."""
+    plug_in_bridge: bool = False
+    """Whether devices can be plugged in behind a PCI bridge, one device with places for thirty: firmware has to see to
+    that. Elsewhere each needs a port of its own."""
     no_nested_virtualization: str = ""
     """`-cpu` features that hide virtualization, where a model may have it."""
     tsc: bool = False

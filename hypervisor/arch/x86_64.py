@@ -38,6 +38,7 @@ X86_64 = Arch(
     panic="pvpanic-pci",
     pcie_ports=True,
     numa=True,
+    plug_in_bridge=True,
     no_nested_virtualization="vmx=off,svm=off",
     tsc=True,
 )

@@ -5,8 +5,8 @@ Order of the arguments, fixed so that golden files and people can compare them:
 1. name, kernel, initrd, kernel command line
 2. processors, machine, accelerator, processor model, memory and its backend, or those of its NUMA nodes
 3. the monitors, then devices: IOMMU, console, root disk, vsock, shares and network interfaces in the order of
-   the specification, initial data, a confidential guest's protection with its firmware, spare ports, devices of the
-   host, the panic device
+   the specification, initial data, places for disks, a confidential guest's protection with its firmware, spare ports,
+   devices of the host, the panic device
 4. sandbox, firmware, the fixed rest
 
 On a PCI machine devices get their slots in that order too: the guest sees them in the same places each time.
@@ -97,6 +97,7 @@ def build_cmdline(spec: VmSpec, fds: Fds) -> list[str]:
         *_nics(spec, arch, fds),
         *_initdata(spec, arch, fds),
         *_extras(spec, arch),
+        *_disk_places(spec, arch),
         *_protection(spec),
         *_spare_ports(spec, arch),
         *_host_devices(spec, arch, fds),
@@ -376,6 +377,13 @@ def _extras(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
         from hypervisor.qemu.extras import extras
 
         yield from extras(spec, arch)
+
+
+def _disk_places(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
+    if spec.disk_places:
+        from hypervisor.qemu.disk_places import disk_places
+
+        yield from disk_places(arch)
 
 
 def _protection(spec: VmSpec) -> Iterator[args.Switch]:

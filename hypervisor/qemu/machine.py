@@ -42,10 +42,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hypervisor.process import Process, ProcessExit
+    from hypervisor.qemu.disk import DiskAddress, Disks
     from hypervisor.qemu.events import Event
     from hypervisor.qemu.nic import Interfaces, NicFds
     from hypervisor.qemu.vfio import HostDevices
-    from hypervisor.spec import Nic, VmSpec
+    from hypervisor.spec import Disk, Nic, VmSpec
     from hypervisor.vfio import HostDevice
     from hypervisor.vsock.base import OnConnection, Vsock
 
@@ -76,6 +77,7 @@ class Machine:
         self._spec = spec
         self._interfaces: Interfaces | None = None
         self._host_devices: HostDevices | None = None
+        self._disks: Disks | None = None
         self._qemu = qemu
         self._helpers = helpers
         self._console = console
@@ -160,6 +162,22 @@ class Machine:
 
             self._interfaces = Interfaces(self._spec)
         return self._interfaces
+
+    async def plug_disk(self, disk: Disk, fd: int) -> DiskAddress:
+        """Give the guest one more disk, with what `fd` is open on. Raises HotplugRefused, QmpError."""
+        return await self._hot_disks.plug(self.monitor, disk, fd)
+
+    async def unplug_disk(self, disk_id: str) -> None:
+        """Take a disk away; one that is not there is fine. Raises HotplugRefused, QmpError."""
+        await self._hot_disks.unplug(self.monitor, disk_id)
+
+    @property
+    def _hot_disks(self) -> Disks:
+        if self._disks is None:
+            from hypervisor.qemu.disk import Disks
+
+            self._disks = Disks(self._spec)
+        return self._disks
 
     async def stop(self) -> None:
         """End the machine now and wait for QEMU's end; repeating it is harmless.

@@ -29,7 +29,9 @@ SETS: dict[str, tuple[str, str, object]] = {
         ("enable_iothreads", "true", "", True),
         ("indep_iothreads", "2", "", 2),
         ("block_device_driver", "virtio-scsi", "", "virtio-scsi"),
-        ("disable_block_device_use", "false", "", False),
+        ("disable_block_device_use", "true", "", True),
+        ("blk_logical_sector_size", "512", "hypervisor.block_device_logical_sector_size", 512),
+        ("blk_physical_sector_size", "4096", "hypervisor.block_device_physical_sector_size", 4096),
         ("block_device_cache_set", " true ", "", True),
         ("block_device_cache_direct", "true", "", True),
         ("block_device_cache_noflush", "true", "", True),
@@ -109,10 +111,8 @@ WITH = {HYPERVISOR + "kernel_verity_params": {HYPERVISOR + "image": "@/other"}}
 # Accepted with a warning that names the key.
 WARNS: dict[str, tuple[str, str]] = (
     {
-        HYPERVISOR + name: (text, f"hypervisor.qemu.{name.replace('blk_', 'block_device_')}")
+        HYPERVISOR + name: (text, f"hypervisor.qemu.{name}")
         for name, text in {
-            "blk_logical_sector_size": "512",
-            "blk_physical_sector_size": "4096",
             "cold_plug_vfio": "root-port",
             "hot_plug_vfio": "root-port",
             "hotplug_vfio_on_root_bus": "true",

@@ -19,7 +19,6 @@ KEYS = Path(__file__).parent / "data" / "kata_keys.tsv"
 OWN_DEFAULTS = {
     "hypervisor.qemu.kernel": "/usr/share/kata-py/vmlinux",
     "hypervisor.qemu.default_memory": 2048,
-    "hypervisor.qemu.disable_block_device_use": True,
     "hypervisor.qemu.selinux_label": "",
     "hypervisor.qemu.seccomp_sandbox": "",
     "hypervisor.qemu.disable_nested_virtualization": False,

@@ -235,7 +235,7 @@ def check_arguments(config: Config) -> None:
         for key, _ in pairs[1:]:
             assert key or switch == "-cpu" or switch == "-machine" or switch == "-sandbox", (switch, pairs)
             if switch not in RAW:
-                assert key.replace("-", "").replace("_", "").replace(".", "").isalpha(), (switch, pairs)
+                assert key.replace("-", "").replace("_", "").replace(".", "").isalnum(), (switch, pairs)
     (machine,) = (pairs for switch, pairs in parse(argv) if switch == "-machine")
     assert [value for key, value in machine if key == "memory-backend"] == ["mem"]
     assert {key for key, _ in machine}.isdisjoint({"kernel", "initrd", "append", "firmware", "accel"})

@@ -55,7 +55,6 @@ def shared(**changed: str) -> str:
 IMAGE = {QEMU + "image": '"@/image"', QEMU + "initrd": '""'}
 PMEM = IMAGE | {QEMU + "vm_rootfs_driver": '"virtio-pmem"'}
 GROWS = {QEMU + "enable_virtio_mem": "true", QEMU + "default_maxmemory": "4096"}
-LATER = {QEMU + "disable_block_device_use": "false"}
 STATIC = {RUNTIME + "static_sandbox_resource_mgmt": "true"}
 S390X = {QEMU + "machine_type": '"s390-ccw-virtio"'}
 SECRET = {QEMU + "firmware": '"@/other"', QEMU + "shared_fs": '"none"'}
@@ -130,10 +129,10 @@ NOW: dict[str, Shown] = {
     QEMU + "virtio_fs_queue_size": Shown("512", "queue-size=512"),
     QEMU + "virtio_fs_extra_args": Shown('["-o", "x"]', "extra_args=('-o', 'x')"),
     QEMU + "msize_9p": Shown("4096", "msize=4096", S390X),
-    QEMU + "disable_block_device_use": Shown(
-        "false", "virtio-scsi-pci,", {QEMU + "block_device_driver": '"virtio-scsi"'}
-    ),
-    QEMU + "block_device_driver": Shown('"virtio-scsi"', "virtio-scsi-pci,", LATER),
+    QEMU + "disable_block_device_use": Shown("true", "id=disk-bridge,", gone=True),
+    QEMU + "block_device_driver": Shown('"virtio-scsi"', "virtio-scsi-pci,"),
+    QEMU + "block_device_logical_sector_size": Shown("512", "disk_logical_sector_bytes=512"),
+    QEMU + "block_device_physical_sector_size": Shown("4096", "disk_physical_sector_bytes=4096"),
     QEMU + "block_device_aio": Shown(
         '"threads"', "aio=threads", IMAGE | {QEMU + "block_device_aio": '"native"'}
     ),
@@ -145,9 +144,7 @@ NOW: dict[str, Shown] = {
         "true", "cache.no-flush=on", IMAGE | {QEMU + "block_device_cache_set": "true"}
     ),
     QEMU + "enable_iothreads": Shown("true", "iothread=rootfs-io", IMAGE),
-    QEMU + "indep_iothreads": Shown(
-        "2", "iothread,id=spare-io1", LATER | {QEMU + "enable_iothreads": "true"}
-    ),
+    QEMU + "indep_iothreads": Shown("2", "iothread,id=spare-io1", {QEMU + "enable_iothreads": "true"}),
     QEMU + "queue_size": Shown("64", "queue-size=64", IMAGE),
     QEMU + "num_queues": Shown("2", "num-queues=2", IMAGE),
     QEMU + "pcie_root_port": Shown("1", "pcie-root-port,id=rp0,"),
@@ -270,8 +267,6 @@ NOW: dict[str, Shown] = {
 # A value that is not the default, of keys without effect.
 OTHERS: dict[str, dict[str, str]] = {
     "warned": {
-        QEMU + "block_device_logical_sector_size": "512",
-        QEMU + "block_device_physical_sector_size": "4096",
         QEMU + "disk_rate_limiter_bw_max_rate": "1",
         QEMU + "disk_rate_limiter_ops_max_rate": "1",
         QEMU + "default_bridges": "2",
