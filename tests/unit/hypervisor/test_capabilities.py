@@ -211,7 +211,8 @@ async def test_the_refusal_says_what_there_is_and_what_is_needed(
 def test_only_command_lines_with_rare_types_have_qemu_asked_first(case: Path) -> None:
     spec, fds = read_case(case)
     rare = {name for _, name in types_in(build_cmdline(spec, fds)) if name in RARE_TYPES}
-    expected = spec.protection is not None or (spec.virtio_mem and spec.arch == "s390x")
+    memory = spec.virtio_mem and spec.arch == "s390x"
+    expected = spec.protection is not None or memory or fds.iommufd is not None
     assert bool(rare) == expected, rare
 
 
