@@ -37,6 +37,9 @@ _MOST_NETWORK_QUEUES = 256
 # Of virtio disks in QEMU: the length of a queue, which is a power of two, and the number of queues.
 _LEAST_DISK_QUEUE, _MOST_DISK_QUEUES = 4, 1024
 
+# Kata's size of a window that is asked for without one.
+_DAX_MIB = 1024
+
 _PROPERTY = re.compile(r"[+-]?[A-Za-z0-9][A-Za-z0-9._-]*(=.*)?")
 # What would go around the checks of the keys that these belong to.
 _OWN_MACHINE_PROPERTIES = {
@@ -283,7 +286,14 @@ class _QemuTopics:
         daemon = qemu.virtio_fs_daemon
         if qemu.shared_fs != "none":
             daemon = self._virtiofsd()
-        return {"virtio_fs_queue_size": size, "virtio_fs_cache": cache, "virtio_fs_daemon": daemon}
+        window = qemu.virtio_fs_cache_size or (_DAX_MIB if qemu.virtio_fs_is_dax else 0)
+        return {
+            "virtio_fs_queue_size": size,
+            "virtio_fs_cache": cache,
+            "virtio_fs_daemon": daemon,
+            "virtio_fs_cache_size": window,
+            "virtio_fs_is_dax": window > 0,
+        }
 
     def words(self) -> Changes:
         changes: Changes = {}

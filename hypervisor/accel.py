@@ -77,7 +77,7 @@ def choose_vsock(setting: VsockSetting, *, host: Host | None = None) -> Choice[V
 def why_not_kvm(host: Host, guest_arch: str) -> str | None:
     """None when KVM can run such a guest, else the reason."""
     if guest_arch != host.arch:
-        return f"a {guest_arch} guest on a {host.arch} host"
+        return f"the guest is {guest_arch}, the host {host.arch}"
     if problem := host.why_not_openable(_KVM):
         return f"/dev/kvm: {problem}"
     if host.arch in _X86 and not host.cpu_flags() & {"vmx", "svm"}:

@@ -50,6 +50,8 @@ class Share:
     cache: VirtioFsCache = "auto"
     queue_size: int = 1024
     """A power of two, at most 1024: the limit of QEMU's vhost-user-fs device."""
+    dax_mib: int = 0
+    """Window through which the guest maps files without copying them (DAX); 0 is none, and few QEMUs have one."""
     extra_args: tuple[str, ...] = ()
     """Kata's `virtio_fs_extra_args`, in the spelling of either daemon."""
 

@@ -440,6 +440,8 @@ class Sandbox:
         qemu = self._boot.config.hypervisor
         if qemu.shared_fs != "none":
             driver, fstype, options = "virtio-fs", "virtiofs", ["nodev"]
+            if qemu.virtio_fs_cache_size and qemu.virtio_fs_cache != "never":
+                options.append("dax")
             if shares_by_9p(self._boot.config):
                 driver = fstype = "9p"
                 # With mmap it caches nothing but pages that are mapped: what the host changes is seen.

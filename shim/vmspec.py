@@ -87,6 +87,7 @@ def vm_spec(
                 daemon=virtiofsd,
                 cache="never" if qemu.virtio_fs_cache == "none" else qemu.virtio_fs_cache,
                 queue_size=qemu.virtio_fs_queue_size or 1024,
+                dax_mib=qemu.virtio_fs_cache_size,
                 extra_args=tuple(qemu.virtio_fs_extra_args),
             ),
         )

@@ -32,7 +32,6 @@ _REMOTE_ONLY = "of hypervisors on other machines"
 _EACH = "each network interface of the guest"
 _NO_PASSTHROUGH = "no device of the host reaches a guest, and a container that brings one is refused"
 _NO_DISK_LIMIT = "disks have no limits; limit the I/O of containers instead"
-_NO_DAX = "no QEMU has that window"
 
 
 class QemuFactory(Section, frozen=True):
@@ -367,21 +366,16 @@ class Qemu(Section, frozen=True):
     virtio_fs_cache_size: Annotated[
         Count,
         key(
-            "refused",
-            "Size of the window for direct access (DAX); 0 is none.",
+            "now",
+            "Size of the window through which the guest maps files without copying them (DAX); 0 is none. It takes a "
+            "QEMU that has it, which no release does: with any other the machine is refused before it starts.",
             unit="MiB",
-            why=_NO_DAX,
             hint="set it to 0; virtio_fs_cache decides what is cached",
         ),
     ] = 0
     virtio_fs_is_dax: Annotated[
         bool,
-        key(
-            "refused",
-            "Direct access (DAX) to shared files.",
-            why=_NO_DAX,
-            hint="remove it; virtio_fs_cache decides what is cached",
-        ),
+        key("now", "Such a window, of 1024 MiB unless `virtio_fs_cache_size` says another size."),
     ] = False
     prefetch_list_path: Annotated[
         str,

@@ -299,6 +299,7 @@ class VhostUserFs(Device):
     chardev: str
     tag: str
     queue_size: int
+    cache_size: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

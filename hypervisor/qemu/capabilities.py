@@ -1,8 +1,8 @@
-"""What a QEMU program is able to do: its version, its types of objects and devices, its machines.
+"""What a QEMU program is able to do: its version, its types of objects and devices, its machines, a few properties.
 
 No ordinary start pays for this. QEMU is asked when a command line has something that not every QEMU has
-(`RARE_TYPES`), when a machine did not come up, and by `kata-py check`. It is started without a machine for that, and
-its answer is kept in a file, so that it is asked once per program and version of it.
+(`RARE_TYPES`, `RARE_PROPERTIES`), when a machine did not come up, and by `kata-py check`. It is started without a
+machine for that, and its answer is kept in a file, so that it is asked once per program and version of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import structlog
 from hypervisor.errors import HostUnsupported, ProgramNotFound
 from hypervisor.process import spawned
 from hypervisor.qemu import args, commands
-from hypervisor.qemu.cmdline import RARE_TYPES, types_in
+from hypervisor.qemu.cmdline import RARE_PROPERTIES, RARE_TYPES, rare_properties_in, types_in
 from hypervisor.qemu.qmp import connected
 from hypervisor.sockets import unix_listener
 from hypervisor.spec import QmpTimeouts
@@ -39,6 +39,8 @@ class Capabilities(msgspec.Struct, frozen=True):
     version: tuple[int, int, int]
     types: frozenset[str]
     machines: frozenset[str]
+    properties: frozenset[tuple[str, str]]
+    """Those of `RARE_PROPERTIES` that it has."""
 
     @property
     def release(self) -> str:
@@ -61,7 +63,7 @@ class _Kept(msgspec.Struct, frozen=True):
 
 
 class Lack(NamedTuple):
-    """A type that a command line names and a QEMU does not have."""
+    """What a command line names and a QEMU does not have."""
 
     what: str
     remedy: str
@@ -86,7 +88,7 @@ async def capabilities(qemu: Path, run_dir: Path, *, cache: Path | None = None) 
 
 
 async def demand(argv: Sequence[str], run_dir: Path) -> None:
-    """Raise HostUnsupported, with QEMU's version and a remedy, when the program of a command line lacks a type in it.
+    """Raise HostUnsupported, with QEMU's version and a remedy, when a command line's program lacks something in it.
 
     Raises what `capabilities` raises, too.
     """
@@ -101,6 +103,9 @@ def lacks(argv: Sequence[str], has: Capabilities) -> Iterator[Lack]:
         if name not in (has.machines if switch == "-machine" else has.types):
             remedy = RARE_TYPES.get(name, "install the distribution's full QEMU")
             yield Lack(f"{switch.removeprefix('-')} {name}", remedy)
+    for driver, name in rare_properties_in(argv):
+        if (driver, name) not in has.properties:
+            yield Lack(f"property {name} of {driver}", RARE_PROPERTIES[driver, name])
 
 
 async def _asked(qemu: Path, run_dir: Path) -> Capabilities:
@@ -121,7 +126,14 @@ async def _asked(qemu: Path, run_dir: Path) -> Capabilities:
             types = await commands.qom_list_types(monitor)
             machines = await commands.query_machines(monitor)
             names = (name for machine in machines for name in (machine.name, machine.alias) if name)
-            return Capabilities(monitor.version, types, frozenset(names))
+            properties = {
+                (driver, name)
+                for driver in {driver for driver, _ in RARE_PROPERTIES} & types
+                for name in await commands.device_list_properties(monitor, driver)
+            }
+            return Capabilities(
+                monitor.version, types, frozenset(names), frozenset(properties & RARE_PROPERTIES.keys())
+            )
 
 
 def _identity(qemu: Path) -> _Program:

@@ -50,6 +50,15 @@ RARE_TYPES = MappingProxyType(
         "virtio-mem-ccw": "install QEMU 10.0 or later, or name one as path",
     }
 )
+# Properties that few QEMUs have, by device and name. No release of QEMU itself has this one: it is in the branch that
+# virtiofs was developed in.
+_NO_DAX = "set virtio_fs_cache_size to 0; virtio_fs_cache decides what is cached"
+RARE_PROPERTIES = MappingProxyType(
+    {
+        ("vhost-user-fs-ccw", "cache-size"): _NO_DAX,
+        ("vhost-user-fs-pci", "cache-size"): _NO_DAX,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +132,20 @@ def types_in(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield switch, words.get("driver") or words["qom-type"]
         elif switch in ("-device", "-object", "-machine"):
             yield switch, value.partition(",")[0]
+
+
+def is_rare(argv: Sequence[str]) -> bool:
+    """Whether a command line has something that not every QEMU has."""
+    return any(name in RARE_TYPES for _, name in types_in(argv)) or any(rare_properties_in(argv))
+
+
+def rare_properties_in(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Those of `RARE_PROPERTIES` that a command line gives to a device."""
+    for switch, value in pairwise(argv):
+        if switch == "-device":
+            driver, *words = value.replace(",,", "").split(",")
+            names = {word.partition("=")[0] for word in words}
+            yield from (rare for rare in RARE_PROPERTIES if rare[0] == driver and rare[1] in names)
 
 
 def _software(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
@@ -347,7 +370,11 @@ def _shares(spec: VmSpec, arch: Arch, fds: Fds) -> Iterator[args.Switch]:
         chardev = f"fs{index}"
         yield args.ChardevSocket(id=chardev, fd=fd)
         yield args.VhostUserFs(
-            driver=arch.devices.fs, chardev=chardev, tag=share.tag, queue_size=share.queue_size
+            driver=arch.devices.fs,
+            chardev=chardev,
+            tag=share.tag,
+            queue_size=share.queue_size,
+            cache_size=_size(share.dax_mib) if share.dax_mib else None,
         )
 
 

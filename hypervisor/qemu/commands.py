@@ -348,6 +348,12 @@ async def qom_list_types(monitor: Monitor) -> frozenset[str]:
     return frozenset(entry.name for entry in names)
 
 
+async def device_list_properties(monitor: Monitor, typename: str) -> frozenset[str]:
+    """The names of the properties that a type of devices has."""
+    reply = await monitor.execute("device-list-properties", {"typename": typename})
+    return frozenset(entry.name for entry in _decoded("device-list-properties", reply, tuple[_Name, ...]))
+
+
 async def query_machines(monitor: Monitor) -> tuple[Machine, ...]:
     return await _asked(monitor, "query-machines", tuple[Machine, ...])
 

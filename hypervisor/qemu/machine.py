@@ -31,7 +31,7 @@ from hypervisor.errors import (
     QmpUnavailable,
 )
 from hypervisor.process import spawned
-from hypervisor.qemu.cmdline import RARE_TYPES, Fds, build_cmdline, types_in
+from hypervisor.qemu.cmdline import Fds, build_cmdline, is_rare
 from hypervisor.qemu.qmp import Monitor, connected
 from hypervisor.sockets import listener_and_connection, unix_listener
 from hypervisor.virtiofsd import shared_dir
@@ -320,7 +320,7 @@ async def _boot(spec: VmSpec, listeners: Mapping[int, OnConnection], undo: Async
             host_devices=own_files,
         )
         argv = build_cmdline(spec, fds)
-        if any(name in RARE_TYPES for _, name in types_in(argv)):
+        if is_rare(argv):
             from hypervisor.qemu.capabilities import demand
 
             await demand(argv, spec.run_dir)

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import fcntl
 import os
-import struct
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hypervisor.errors import HotplugRefused, QmpRefused
 from hypervisor.host import Host
+from hypervisor.netns import entered, new_netns
 from hypervisor.qemu import commands
 from hypervisor.qemu.machine import booted
+from hypervisor.tap import open_tap
 from tests.vm.test_machine import GUEST, READY_VPORT, make_spec, tiny_kernel
 from tests.vm.test_machine import pytestmark as vm_marks
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
 
     from hypervisor.qemu.qmp import Monitor
     from hypervisor.spec import VmSpec
@@ -36,22 +34,6 @@ pytestmark = [
 ]
 ROUNDS = 3
 MIB = 1 << 20
-_CLONE_NEWNET = 0x40000000
-_TUNSETIFF, _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x400454CA, 0x2, 0x1000, 0x4000
-
-
-def tap_of_its_own() -> int:
-    """A tap in a network namespace that only it keeps alive: made by a thread, which alone enters it."""
-
-    def make() -> int:
-        if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "unshare")
-        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", b"tap0", _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
-        return fd
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
 
 
 async def inventory(monitor: Monitor, pid: int) -> dict[str, Any]:
@@ -98,11 +80,12 @@ async def disk(monitor: Monitor, folder: Path) -> None:
 async def nic(monitor: Monitor, folder: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root makes taps")
-    fd = tap_of_its_own()
-    try:
+    with contextlib.ExitStack() as undo:
+        netns = new_netns()  # the tap keeps it
+        undo.callback(os.close, netns)
+        with entered(Path(f"/proc/self/fd/{netns}")):
+            (fd,) = open_tap("tap0", 1, undo)
         await commands.getfd(monitor, "fd0", fd)
-    finally:
-        os.close(fd)
     await commands.netdev_add_tap(monitor, "network-tap0", ["fd0"])
     properties = {"netdev": "network-tap0", "mac": "02:00:00:00:00:01", "bus": "rp1", "romfile": ""}
     await commands.device_add(monitor, "virtio-net-pci", "nic1", properties)

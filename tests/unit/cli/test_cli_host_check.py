@@ -32,7 +32,9 @@ def program(path: Path, text: str) -> str:
 
 def of_version(*version: int, types: frozenset[str] = frozenset()) -> Capabilities:
     major, minor, micro = version
-    return Capabilities((major, minor, micro), types, frozenset({"q35", "virt", "s390-ccw-virtio"}))
+    return Capabilities(
+        (major, minor, micro), types, frozenset({"q35", "virt", "s390-ccw-virtio"}), frozenset()
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_acceleration_is_for_the_guests_architecture(
     monkeypatch.setattr(Host, "cpu_flags", lambda self: frozenset({"vmx"}))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     (finding,) = host_check.acceleration(replace(Qemu(), machine_type=machine_type))
-    foreign = f"a {MACHINES[machine_type]} guest on a x86_64 host" in finding.detail
+    foreign = f"the guest is {MACHINES[machine_type]}, the host x86_64" in finding.detail
     assert (finding.level is Level.WARNING, foreign) == ((machine_type != "q35"),) * 2
 
 

@@ -75,6 +75,7 @@ SETS: dict[str, tuple[str, str, object]] = {
         ("shared_fs", "none", "", "none"),
         ("virtio_fs_daemon", "@/other", "", "@/other"),
         ("virtio_fs_cache", "always", "", "always"),
+        ("virtio_fs_cache_size", "512", "", 512),
         ("virtio_fs_extra_args", "-o,a=b", "", ("--first", "-o", "a=b")),
         ("msize_9p", "4096", "", 4096),
         ("use_legacy_serial", "true", "", True),
@@ -139,7 +140,6 @@ REFUSED: dict[str, str] = {
     HYPERVISOR + "enable_iommu_platform": "true",  # on this machine
     HYPERVISOR + "cc_init_data": "eA==",
     HYPERVISOR + "enable_vhost_user_store": "true",
-    HYPERVISOR + "virtio_fs_cache_size": "1024",
     RUNTIME + "experimental": "a,b",
     RUNTIME + "guest_selinux_label": "x",
     RUNTIME + "sandbox_bind_mounts": "/etc",

@@ -43,7 +43,7 @@ def test_auto_takes_kvm_that_can_run_a_guest(tmp_path: Path, flags: str) -> None
         (FLAGS_VMX, (), None, "/dev/kvm: No such file"),
         (FLAGS_NEITHER, ("dev/kvm",), None, "neither vmx nor svm"),
         ("", ("dev/kvm",), None, "neither vmx nor svm"),
-        (FLAGS_VMX, ("dev/kvm",), "aarch64", "a aarch64 guest on a x86_64 host"),
+        (FLAGS_VMX, ("dev/kvm",), "aarch64", "the guest is aarch64, the host x86_64"),
     ],
 )
 def test_no_usable_kvm(

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hypervisor.arch import arch_named
 from hypervisor.errors import BootFailed, HostUnsupported, ProgramNotFound, QmpUnavailable
 from hypervisor.qemu import capabilities as module
 from hypervisor.qemu.capabilities import Capabilities, capabilities, demand, lacks
-from hypervisor.qemu.cmdline import RARE_TYPES, build_cmdline, types_in
+from hypervisor.qemu.cmdline import RARE_TYPES, build_cmdline, is_rare, rare_properties_in, types_in
 from hypervisor.qemu.machine import booted
 from hypervisor.spec import VmSpec
 from tests.unit.hypervisor.test_golden import CASES, read_case
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 QEMU = Path(shutil.which("qemu-system-x86_64") or "/nonexistent")
 needs_qemu = pytest.mark.skipif(not QEMU.exists(), reason="qemu-system-x86_64 is not installed")
-KNOWN = Capabilities((7, 2, 22), frozenset({"isa-serial", "memory-backend-memfd"}), frozenset({"q35"}))
+TYPES = frozenset({"isa-serial", "memory-backend-memfd", "vhost-user-fs-ccw"})
+KNOWN = Capabilities((7, 2, 22), TYPES, frozenset({"q35"}), frozenset())
 
 
 @pytest.fixture
@@ -187,6 +189,11 @@ async def test_a_program_that_is_no_qemu_is_told(tmp_path: Path, qemu: Path) -> 
             ["-object", '{"qom-type":"tdx-guest","id":"a,b"}', "-device", '{"driver":"isa-serial"}'],
             ["object tdx-guest"],
         ),
+        (
+            ["-device", "vhost-user-fs-ccw,tag=a,,cache-size=1,cache-size=1G"],
+            ["property cache-size of vhost-user-fs-ccw"],
+        ),
+        (["-device", "vhost-user-fs-ccw,tag=a,,cache-size=1"], []),
         (["-name", "tdx-guest", "-append", "tdx-guest", "-nodefaults"], []),
     ],
 )
@@ -207,12 +214,31 @@ async def test_the_refusal_says_what_there_is_and_what_is_needed(
     assert str(told.value) == f"QEMU 7.2.22 at {qemu} has no object {name}; {RARE_TYPES[name]}"
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("arch", "program"), [(arch, program) for _, arch, program in PROGRAMS])
+async def test_a_window_for_shared_files_is_refused_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, program: str
+) -> None:
+    """By every QEMU here, as none has it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    device = f"{arch_named(arch).devices.fs},chardev=fs0,tag=t,cache-size=1G"
+    with pytest.raises(HostUnsupported) as told:
+        await demand([program, "-device", device], tmp_path)
+    assert str(told.value).endswith(
+        f" at {program} has no property cache-size of {arch_named(arch).devices.fs}; "
+        "set virtio_fs_cache_size to 0; virtio_fs_cache decides what is cached"
+    )
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}-{case.stem}")
 def test_only_command_lines_with_rare_types_have_qemu_asked_first(case: Path) -> None:
     spec, fds = read_case(case)
-    rare = {name for _, name in types_in(build_cmdline(spec, fds)) if name in RARE_TYPES}
+    argv = build_cmdline(spec, fds)
+    rare = {name for _, name in types_in(argv) if name in RARE_TYPES} | {*rare_properties_in(argv)}
+    assert is_rare(argv) == bool(rare)
     memory = spec.virtio_mem and spec.arch == "s390x"
-    expected = spec.protection is not None or memory or fds.iommufd is not None
+    window = any(share.dax_mib for share in spec.shares)
+    expected = spec.protection is not None or memory or window or fds.iommufd is not None
     assert bool(rare) == expected, rare
 
 

@@ -111,7 +111,7 @@ def test_kvm_is_needed(tmp_path: Path) -> None:
     assert "it needs KVM, and that does not run: /dev/kvm: No such file" in refusal(
         choose_accel, "x86_64", host(tmp_path, files)
     )
-    assert "a s390x guest on a x86_64 host" in refusal(choose_accel, "s390x", host(tmp_path))
+    assert "the guest is s390x, the host x86_64" in refusal(choose_accel, "s390x", host(tmp_path))
     assert choose_accel("x86_64", host(tmp_path, {"dev/kvm": ""})).value == "kvm"
 
 

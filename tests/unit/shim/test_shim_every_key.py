@@ -128,6 +128,8 @@ NOW: dict[str, Shown] = {
     QEMU + "virtio_fs_cache": Shown('"always"', "cache='always'"),
     QEMU + "virtio_fs_queue_size": Shown("512", "queue-size=512"),
     QEMU + "virtio_fs_extra_args": Shown('["-o", "x"]', "extra_args=('-o', 'x')"),
+    QEMU + "virtio_fs_cache_size": Shown("512", 'options: "dax"', {QEMU + "virtio_fs_cache": '"always"'}),
+    QEMU + "virtio_fs_is_dax": Shown("true", ",cache-size=1G\n"),
     QEMU + "msize_9p": Shown("4096", "msize=4096", S390X),
     QEMU + "disable_block_device_use": Shown("true", "id=disk-bridge,", gone=True),
     QEMU + "block_device_driver": Shown('"virtio-scsi"', "virtio-scsi-pci,"),
@@ -285,8 +287,6 @@ OTHERS: dict[str, dict[str, str]] = {
         "factory.vm_cache_number": "1",
     },
     "refused": {
-        QEMU + "virtio_fs_cache_size": "1024",
-        QEMU + "virtio_fs_is_dax": "true",
         QEMU + "enable_vhost_user_store": "true",
         QEMU + "disable_guest_selinux": "false",
         QEMU + "jailer_path": '"/x"',
