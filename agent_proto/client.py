@@ -249,6 +249,16 @@ class AgentClient:
         """Let the guest forget such a copy."""
         return await self._extension(services.REMOVE_MIRROR, request, self._timeout_s)
 
+    async def next_names(
+        self, request: kata_py_agent_pb2.NextNamesRequest
+    ) -> kata_py_agent_pb2.NextNamesResponse:
+        """Wait for DNS questions of the guest's programs; to be called again after each answer."""
+        return await self._extension(services.NEXT_NAMES, request, NO_TIMEOUT)
+
+    async def answer_name(self, request: kata_py_agent_pb2.AnswerNameRequest) -> Empty:
+        """Answer one of them."""
+        return await self._extension(services.ANSWER_NAME, request, self._timeout_s)
+
     async def _agent(
         self, method: Method[Request, Response], request: Request, timeout_s: float | None
     ) -> Response:

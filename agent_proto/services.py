@@ -127,9 +127,12 @@ SIGNAL_CONTAINER = Method("SignalContainer", kata_py_agent_pb2.SignalContainerRe
 
 UPDATE_MIRROR = Method("UpdateMirror", kata_py_agent_pb2.UpdateMirrorRequest, Empty)
 REMOVE_MIRROR = Method("RemoveMirror", kata_py_agent_pb2.RemoveMirrorRequest, Empty)
+NEXT_NAMES = Method("NextNames", kata_py_agent_pb2.NextNamesRequest, kata_py_agent_pb2.NextNamesResponse)
+ANSWER_NAME = Method("AnswerName", kata_py_agent_pb2.AnswerNameRequest, Empty)
 
 EXTENSIONS = Service(
-    "kata_py.agent.v1.Extensions", (LIST_PROCESSES, SIGNAL_CONTAINER, UPDATE_MIRROR, REMOVE_MIRROR)
+    "kata_py.agent.v1.Extensions",
+    (LIST_PROCESSES, SIGNAL_CONTAINER, UPDATE_MIRROR, REMOVE_MIRROR, NEXT_NAMES, ANSWER_NAME),
 )
 
 EXTENSIONS_FEATURE = kata_py_agent_pb2.DESCRIPTOR.package

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from guest_agent.log import Log
     from guest_agent.mirror import Mirrors
     from guest_agent.modules import Modules
+    from guest_agent.names import NameServer
     from guest_agent.pidns import PidNamespace
     from guest_agent.process import Process
     from guest_agent.reaper import Reaper
@@ -72,6 +73,7 @@ class Sandbox:
         self._sandbox_container: Container | None = None
         self._own_pid_namespace: PidNamespace | None = None
         self._mirrors: Mirrors | None = None
+        self._names: NameServer | None = None
         self.oom_reports = OomReports()
 
     def container(self, container_id: str) -> Container:
@@ -97,6 +99,15 @@ class Sandbox:
 
             self._mirrors = Mirrors(f"{SANDBOX_DIR}/mirrors")
         return self._mirrors
+
+    @property
+    def names(self) -> NameServer:
+        """The pod's name server."""
+        if self._names is None:
+            from guest_agent.names import NameServer
+
+            self._names = NameServer(self._log)
+        return self._names
 
     def prepare(self) -> None:
         """What the first container needs done, if it is not done yet. Raises OSError."""

@@ -94,6 +94,8 @@ class AgentService:
             "SignalContainer": self.signal_container,
             "UpdateMirror": self.update_mirror,
             "RemoveMirror": self.remove_mirror,
+            "NextNames": self.next_names,
+            "AnswerName": self.answer_name,
         }
 
     async def _finish(self, work: Coroutine[object, object, None]) -> Empty:
@@ -415,6 +417,21 @@ class AgentService:
 
     async def remove_mirror(self, request: kata_py_agent_pb2.RemoveMirrorRequest, call: Call) -> Empty:
         return await self._finish(self._sandbox.mirrors.remove(request.name))
+
+    async def next_names(
+        self, request: kata_py_agent_pb2.NextNamesRequest, call: Call
+    ) -> kata_py_agent_pb2.NextNamesResponse:
+        self._sandbox.names.listen(request.address, request.port)
+        return kata_py_agent_pb2.NextNamesResponse(
+            questions=[
+                kata_py_agent_pb2.NameQuestion(number=number, by_tcp=by_tcp, message=message)
+                for number, by_tcp, message in await self._sandbox.names.next(wait=request.wait)
+            ]
+        )
+
+    async def answer_name(self, request: kata_py_agent_pb2.AnswerNameRequest, call: Call) -> Empty:
+        self._sandbox.names.answer(request.number, request.message)
+        return Empty()
 
 
 def _check_signal(number: int) -> None:

@@ -50,11 +50,7 @@ def pod_from_bundle(bundle: Bundle) -> Pod:
     Raises:
         InvalidRequest: limits that are no numbers.
     """
-    mounted = (
-        mount.source for mount in bundle.spec.mounts if mount.destination == RESOLV_CONF and mount.source
-    )
-    source = next(mounted, None)
-    dns = _lines_of(source) if source else ()
+    dns = dns_of(bundle)
     return Pod(
         hostname=_hostname(bundle),
         dns=dns,
@@ -63,6 +59,15 @@ def pod_from_bundle(bundle: Bundle) -> Pod:
         annotations=bundle.spec.annotations,
         resources=_limits_of(bundle),
     )
+
+
+def dns_of(bundle: Bundle) -> tuple[str, ...]:
+    """The lines of the resolv.conf that a container brings, as the file is now; none when it brings none."""
+    mounted = (
+        mount.source for mount in bundle.spec.mounts if mount.destination == RESOLV_CONF and mount.source
+    )
+    source = next(mounted, None)
+    return _lines_of(source) if source else ()
 
 
 def pod_from_request(request: CreateSandboxRequest) -> Pod:

@@ -22,7 +22,7 @@ from config import ConfigError
 from config.schema import ANNOTATION_PREFIX
 from config.schema.hypervisor import ARCHITECTURES
 from hypervisor.errors import BootFailed, HypervisorError
-from shim import agent_log, architecture, oci, oom, paths, stand_in
+from shim import agent_log, architecture, names, oci, oom, paths, stand_in
 from shim.api.gen import events_pb2
 from shim.bundle import Bundle
 from shim.container import Container
@@ -32,6 +32,7 @@ from shim.hooks import HostHooks
 from shim.io import ProcessIO
 from shim.liveness import Liveness
 from shim.log import number_of
+from shim.pod import dns_of
 from shim.process import UNKNOWN_EXIT_STATUS, Exit
 from shim.share import GUEST_ROOT, TAG
 from shim.vmspec import shares_by_9p, wants_agent_log
@@ -105,6 +106,7 @@ class Sandbox:
         self._machine: Machine | None = None
         self._inside: Guest | None = None
         self._mirrors: Mirrors | None = None
+        self._names_served = False
         self._up: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
@@ -250,6 +252,7 @@ class Sandbox:
             try:
                 if await hooks.prepare():
                     await self._boot.network.catch_up(guest.agent, machine)
+                await self._serve_names(bundle, guest)
                 await hooks.create(self._boot.network.netns)
                 await self._create_in_guest(message, guest, machine)
             except BaseException:
@@ -265,13 +268,26 @@ class Sandbox:
                 io=io,
                 undo=undo.pop_all(),
                 hooks=hooks,
-                # Docker and nerdctl bring the network between Create and Start.
-                before_start=partial(self._boot.network.catch_up, guest.agent, machine)
-                if request.container_id == self.id
-                else None,
+                before_start=partial(self._before_start, bundle, guest, machine),
             )
         self._publish_create(request, machine.pid)
         return container
+
+    async def _before_start(self, bundle: Bundle, guest: Guest, machine: Machine) -> None:
+        """Docker and nerdctl bring the network, and its name server, between Create and Start."""
+        if bundle.container_id == self.id:
+            await self._boot.network.catch_up(guest.agent, machine)
+        await self._serve_names(bundle, guest)
+
+    async def _serve_names(self, bundle: Bundle, guest: Guest) -> None:
+        """See to Docker's name server, if the container is to ask that."""
+        netns = self._boot.network.netns
+        if self._names_served or netns is None:
+            return
+        if names.is_asked_for((*dns_of(bundle), *self._boot.pod.dns)):
+            self._names_served = True
+            if await names.begin(guest.agent):
+                self._in_background(names.serve(guest.agent, netns), "serve names")
 
     async def _create_in_guest(
         self, message: agent_pb2.CreateContainerRequest, guest: Guest, machine: Machine

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&agent_proto/protos/kata_py_agent.proto\x12\x10kata_py.agent.v1\x1a\x1bgoogle/protobuf/empty.proto\",\n\x14ListProcessesRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\"J\n\x15ListProcessesResponse\x12\x31\n\tprocesses\x18\x01 \x03(\x0b\x32\x1e.kata_py.agent.v1.GuestProcess\",\n\x0cGuestProcess\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\">\n\x16SignalContainerRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0e\n\x06signal\x18\x02 \x01(\r\"p\n\x13UpdateMirrorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\x08\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12.\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x1d.kata_py.agent.v1.MirrorEntry\"Q\n\x0bMirrorEntry\x12\x0c\n\x04path\x18\x01 \x01(\x0c\x12\x0c\n\x04mode\x18\x02 \x01(\r\x12\x0b\n\x03uid\x18\x03 \x01(\r\x12\x0b\n\x03gid\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"#\n\x13RemoveMirrorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t2\xe1\x02\n\nExtensions\x12`\n\rListProcesses\x12&.kata_py.agent.v1.ListProcessesRequest\x1a\'.kata_py.agent.v1.ListProcessesResponse\x12S\n\x0fSignalContainer\x12(.kata_py.agent.v1.SignalContainerRequest\x1a\x16.google.protobuf.Empty\x12M\n\x0cUpdateMirror\x12%.kata_py.agent.v1.UpdateMirrorRequest\x1a\x16.google.protobuf.Empty\x12M\n\x0cRemoveMirror\x12%.kata_py.agent.v1.RemoveMirrorRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&agent_proto/protos/kata_py_agent.proto\x12\x10kata_py.agent.v1\x1a\x1bgoogle/protobuf/empty.proto\",\n\x14ListProcessesRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\"J\n\x15ListProcessesResponse\x12\x31\n\tprocesses\x18\x01 \x03(\x0b\x32\x1e.kata_py.agent.v1.GuestProcess\",\n\x0cGuestProcess\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\">\n\x16SignalContainerRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0e\n\x06signal\x18\x02 \x01(\r\"p\n\x13UpdateMirrorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\x08\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12.\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x1d.kata_py.agent.v1.MirrorEntry\"Q\n\x0bMirrorEntry\x12\x0c\n\x04path\x18\x01 \x01(\x0c\x12\x0c\n\x04mode\x18\x02 \x01(\r\x12\x0b\n\x03uid\x18\x03 \x01(\r\x12\x0b\n\x03gid\x18\x04 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"#\n\x13RemoveMirrorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x10NextNamesRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0c\n\x04wait\x18\x03 \x01(\x08\"F\n\x11NextNamesResponse\x12\x31\n\tquestions\x18\x01 \x03(\x0b\x32\x1e.kata_py.agent.v1.NameQuestion\"?\n\x0cNameQuestion\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06\x62y_tcp\x18\x02 \x01(\x08\x12\x0f\n\x07message\x18\x03 \x01(\x0c\"4\n\x11\x41nswerNameRequest\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\x0c\x32\x82\x04\n\nExtensions\x12`\n\rListProcesses\x12&.kata_py.agent.v1.ListProcessesRequest\x1a\'.kata_py.agent.v1.ListProcessesResponse\x12S\n\x0fSignalContainer\x12(.kata_py.agent.v1.SignalContainerRequest\x1a\x16.google.protobuf.Empty\x12M\n\x0cUpdateMirror\x12%.kata_py.agent.v1.UpdateMirrorRequest\x1a\x16.google.protobuf.Empty\x12M\n\x0cRemoveMirror\x12%.kata_py.agent.v1.RemoveMirrorRequest\x1a\x16.google.protobuf.Empty\x12T\n\tNextNames\x12\".kata_py.agent.v1.NextNamesRequest\x1a#.kata_py.agent.v1.NextNamesResponse\x12I\n\nAnswerName\x12#.kata_py.agent.v1.AnswerNameRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,6 +46,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MIRRORENTRY']._serialized_end=516
   _globals['_REMOVEMIRRORREQUEST']._serialized_start=518
   _globals['_REMOVEMIRRORREQUEST']._serialized_end=553
-  _globals['_EXTENSIONS']._serialized_start=556
-  _globals['_EXTENSIONS']._serialized_end=909
+  _globals['_NEXTNAMESREQUEST']._serialized_start=555
+  _globals['_NEXTNAMESREQUEST']._serialized_end=618
+  _globals['_NEXTNAMESRESPONSE']._serialized_start=620
+  _globals['_NEXTNAMESRESPONSE']._serialized_end=690
+  _globals['_NAMEQUESTION']._serialized_start=692
+  _globals['_NAMEQUESTION']._serialized_end=755
+  _globals['_ANSWERNAMEREQUEST']._serialized_start=757
+  _globals['_ANSWERNAMEREQUEST']._serialized_end=809
+  _globals['_EXTENSIONS']._serialized_start=812
+  _globals['_EXTENSIONS']._serialized_end=1326
 # @@protoc_insertion_point(module_scope)

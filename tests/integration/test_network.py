@@ -15,15 +15,16 @@ import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support import host
+from tests.support.name_server import ADDRESS, NAME, answer_to, question, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.integration.containerd import Containerd
 
@@ -343,6 +344,24 @@ def test_hooks_bring_the_network(containerd: Containerd, tmp_path: Path) -> None
     assert f"inet {GUEST}/24" in done.stdout
     assert f"default via {HOST} dev eth0" in done.stdout
     assert outer not in ip("-br link")
+
+
+def test_dockers_name_server(containerd: Containerd, wired: Namespace, tmp_path: Path) -> None:
+    """It is there only in the namespace on the host; the guest has it at the same address."""
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.11\noptions ndots:0\n")
+    mount = f"type=bind,src={tmp_path}/resolv.conf,dst=/etc/resolv.conf,options=rbind:ro"
+    asked_by_hand = question(7)
+    octal = "".join(f"\\{byte:03o}" for byte in len(asked_by_hand).to_bytes(2, "big") + asked_by_hand)
+    script = f"nslookup {NAME}; printf '{octal}' | nc 127.0.0.11 53 | hexdump -v -e '1/1 \"%02x\"'"
+    with serving(Path(wired.path), "127.0.0.11") as asked:
+        done = containerd.run(
+            *("sh", "-c", script), options=["--rm", "--mount", mount, "--with-ns", f"network:{wired.path}"]
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"Name:\t{NAME}\nAddress: {ADDRESS}" in done.stdout
+        answer = answer_to(asked_by_hand)
+        assert done.stdout.endswith(len(answer).to_bytes(2, "big").hex() + answer.hex())
+        assert set(asked) == {"udp", "tcp"}
 
 
 def test_a_killed_shim_leaves_nothing_on_the_pods_interface(containerd: Containerd, wired: Namespace) -> None:

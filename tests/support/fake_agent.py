@@ -152,7 +152,15 @@ class FakeAgent:
         return {
             "ListProcesses": self._list_processes, "SignalContainer": self._signal_container,
             "UpdateMirror": self._nothing, "RemoveMirror": self._nothing,
+            "NextNames": self._next_names, "AnswerName": self._nothing,
         }  # fmt: skip
+
+    async def _next_names(
+        self, request: kata_py_agent_pb2.NextNamesRequest, call: Call
+    ) -> kata_py_agent_pb2.NextNamesResponse:
+        if request.wait:
+            await asyncio.get_running_loop().create_future()  # nobody asks anything
+        return kata_py_agent_pb2.NextNamesResponse()
 
     async def _nothing(self, request: Any, call: Call) -> Empty:
         return Empty()

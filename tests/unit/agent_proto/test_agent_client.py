@@ -88,6 +88,8 @@ CALLS: dict[str, tuple[str, float | None]] = {
     "SignalContainer": ("signal_container", 7),
     "UpdateMirror": ("update_mirror", 7),
     "RemoveMirror": ("remove_mirror", 7),
+    "NextNames": ("next_names", None),
+    "AnswerName": ("answer_name", 7),
 }
 
 
