@@ -80,14 +80,16 @@ def expect_alive(containerd: Containerd, container: str) -> None:
 def test_container_goes_on_after_containerds_restart(
     installed: Containerd, installation: Installation, change: Callable[[Installation], None]
 ) -> None:
-    script = "mkfifo /f; echo before; read line < /f; echo after $line; exit 9"
+    script = "mkfifo /f /g; read line < /f; echo $line; read line < /g; echo after $line; exit 9"
     container = installed.start("sh", "-c", script)
+    # Not at once: the ctr that starts the container reads what comes while it is still there.
+    assert installed.exec(container, "sh", "-c", "echo before > /f").returncode == 0
     change(installation)
     restart(installed)
     expect_alive(installed, container)
     reader = installed.popen("tasks", "attach", container)
     # Its status says nothing: the container ends at once, and every exec with it.
-    installed.exec(container, "sh", "-c", "echo the change > /f")
+    installed.exec(container, "sh", "-c", "echo the change > /g")
     out, _ = reader.communicate(timeout=60)
     assert (reader.returncode, out) == (9, b"before\nafter the change\n")
     assert status(installed, container) == "absent", "attach deletes the task in the end"
