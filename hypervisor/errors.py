@@ -6,7 +6,7 @@
     ├── ProgramNotFound       QEMU or virtiofsd cannot be started
     ├── DeviceUnavailable     a device of the host that cannot be given to a guest as it is
     ├── BootFailed            the machine did not come up, or went away while coming up
-    ├── HotplugRefused        the guest keeps a device that shall go
+    ├── HotplugRefused        the guest does not take a device, or keeps one that shall go
     ├── DumpFailed            the memory of a guest that gave up was not saved
     └── QmpError              QEMU's monitor
         ├── QmpUnavailable    no handshake within the time allowed, or the connection is gone

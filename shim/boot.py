@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from agent_proto.client import AgentClient
-    from config import Config, LoadedConfig
+    from config import Config, LoadedConfig, PodResources
     from hypervisor.qemu.machine import Machine
     from hypervisor.spec import NumaNode, VmSpec
     from shim.bootstrap import Bootstrap
@@ -77,8 +77,10 @@ def plan(
     exported: Path,
     network: PodNetwork | None = None,
     host: Host | None = None,
+    limits: PodResources | None = None,
 ) -> VmSpec:
-    """Decide what depends on the host (default: this one), and say so once where the second best is taken.
+    """Decide what depends on the host (default: this one), and say so once where the second best is taken; `limits`
+    are the pod's.
 
     Raises:
         HostUnsupported, ProgramNotFound: an explicit setting cannot work here.
@@ -138,6 +140,7 @@ def plan(
         image_bytes=Path(qemu.image).stat().st_size if qemu.image else 0,
         io_uring=io_uring,
         protection=protection,
+        limits=limits,
     )
 
 
@@ -229,7 +232,14 @@ class Boot:
             self._network = network_of(pod, loaded.config, self._host.remember_network)
             self._undo.callback(self._network.close)
         exported = self._host.share.exported
-        return Plan(loaded, plan(loaded.config, self._sandbox_id, exported=exported, network=self._network))
+        spec = plan(
+            loaded.config,
+            self._sandbox_id,
+            exported=exported,
+            network=self._network,
+            limits=pod.resources,
+        )
+        return Plan(loaded, spec)
 
     async def replace(self, other: Plan) -> None:
         """End the machine, which nobody uses any more, and begin to start another one for the same pod.

@@ -252,9 +252,13 @@ class Container:
             self.init.state = after(self.init.state, "resume", self.init.what)
             self._events.resumed()
 
+    def require_updatable(self) -> None:
+        """Raises StateConflict when it has ended."""
+        self._require("update", State.CREATED, State.RUNNING, State.PAUSED)
+
     async def update(self, resources: LinuxResources) -> None:
         """Change the limits of the container inside the guest. Raises StateConflict when it has ended."""
-        self._require("update", State.CREATED, State.RUNNING, State.PAUSED)
+        self.require_updatable()
         await self._while_it_lives("update", self._guest.update(resources))
 
     async def stats(self) -> StatsContainerResponse:

@@ -63,14 +63,13 @@ def process_to_proto(raw: dict[str, Any], where: str) -> oci_pb2.Process:
 
 
 def resources_to_proto(raw: dict[str, Any], where: str) -> oci_pb2.LinuxResources:
-    """OCI Linux resources, as `Update` carries them, without the host's. Raises InvalidRequest as above."""
+    """OCI Linux resources, as `Update` carries them, unedited. Raises InvalidRequest as above."""
     message = oci_pb2.LinuxResources()
     _fill(message, raw, where)
-    _drop_host_resources(message)
     return message
 
 
-def _drop_host_resources(resources: oci_pb2.LinuxResources) -> None:
+def drop_host_resources(resources: oci_pb2.LinuxResources) -> None:
     """Device numbers, I/O weights and net classes name the host's devices; CPUs and memory nodes are the host's too."""
     privileged = allows_every_device(resources)
     for field in ("Devices", "BlockIO", "Network"):
@@ -161,7 +160,7 @@ def edit_for_guest(
         kept.append(oci_pb2.LinuxNamespace(Type=_CGROUP_NAMESPACE))
     del linux.Namespaces[:]
     linux.Namespaces.extend(kept)
-    _drop_host_resources(linux.Resources)
+    drop_host_resources(linux.Resources)
     if allows_every_device(linux.Resources) and linux.Devices:
         # All of the host's. The agent gives such a container the guest's instead.
         log.info("host_devices_left_out", devices=len(linux.Devices))

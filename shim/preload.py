@@ -42,6 +42,7 @@ LATE = (
     "hypervisor.qemu.options",
     "hypervisor.qemu.ports",
     "hypervisor.qemu.rare_args",
+    "hypervisor.qemu.resize",
     "hypervisor.rootless",
     "hypervisor.qemu.vfio",
     "hypervisor.verity",

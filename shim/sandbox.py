@@ -35,6 +35,7 @@ from shim.log import number_of
 from shim.pod import dns_of
 from shim.process import UNKNOWN_EXIT_STATUS, Exit
 from shim.share import GUEST_ROOT, TAG
+from shim.sizing import Sizing, demand_of
 from shim.vmspec import shares_by_9p, wants_agent_log
 from ttrpc import Code, ConnectionClosed, RpcError
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from agent_proto.client import AgentClient
+    from agent_proto.gen.oci_pb2 import LinuxResources
     from agent_proto.gen.oci_pb2 import Mount as OciMount
     from agent_proto.gen.oci_pb2 import Process as OciProcess
     from agent_proto.gen.oci_pb2 import Spec as OciSpec
@@ -107,6 +109,7 @@ class Sandbox:
         self._inside: Guest | None = None
         self._mirrors: Mirrors | None = None
         self._names_served = False
+        self._sizing: Sizing | None = None
         self._up: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
@@ -177,6 +180,32 @@ class Sandbox:
         self._containers.pop(container.id, None)
         if not self.needed:
             self._begin_stop()
+        elif self._sizing is not None:
+            self._sizing.give_back()
+
+    async def update_container(self, container: Container, resources: LinuxResources) -> None:
+        """Change a container's limits: the machine grows before, and shrinks some time after.
+
+        Raises:
+            StateConflict: it has ended.
+            InvalidRequest: a cpuset that is none.
+            GuestUnreachable, HypervisorError, RpcError (the agent).
+        """
+        container.require_updatable()
+        await self._guest()
+        sizing = self._sizing
+        assert sizing is not None
+        before = sizing.demand(container.id)
+        wanted = demand_of(resources, f"container {container.id}", before)
+        oci.drop_host_resources(resources)
+        await sizing.make_room(container.id, wanted)
+        try:
+            await container.update(resources)
+        except BaseException:
+            sizing.remember(container.id, before)
+            raise
+        finally:
+            sizing.give_back()
 
     async def stop(self) -> None:
         """Take everything down: the guest is killed, the host is as before. Harmless when repeated."""
@@ -228,6 +257,7 @@ class Sandbox:
             undo.callback(io.abort)
             rootfs = self._share.add_rootfs(request.container_id, request.rootfs, bundle.rootfs, undo)
             await self._suit(request.container_id, spec.Process)
+            demand = demand_of(spec.Linux.Resources, what)
             joins_pidns = oci.edit_for_guest(
                 spec,
                 rootfs=rootfs,
@@ -241,6 +271,9 @@ class Sandbox:
             kubelets = self._share_mounts(spec, bundle, undo)
             guest, machine = await self._guest()
             await self._mirror(kubelets, guest, undo)
+            assert self._sizing is not None
+            undo.callback(self._sizing.forget, request.container_id)
+            await self._sizing.make_room(request.container_id, demand)
             message = agent_pb2.CreateContainerRequest(
                 container_id=request.container_id,
                 exec_id=request.container_id,
@@ -324,7 +357,7 @@ class Sandbox:
         log.info("machine_replaced", reason=what, machine_type=theirs, instead_of=ours)
         await self._let_go()
         await self._resources.aclose()
-        self._machine = self._inside = None
+        self._machine = self._inside = self._sizing = None
         await boot.replace(plan)
         if self._stopping is not None:
             raise GuestUnreachable(f"sandbox {self.id} is stopping")
@@ -426,6 +459,7 @@ class Sandbox:
             await _answered(boot.network.tell(agent), machine)
             await _answered(agent.create_sandbox(self._create_sandbox_request()), machine)
             self._resources = undo.pop_all()
+        self._sizing = Sizing(machine, agent, boot.config, self._in_background)
         self._inside = Guest(agent, machine.pid, self._liveness(agent, machine))
         self._in_background(self._watch_machine(machine), "watch machine")
         self._in_background(boot.network.follow(agent, machine), "follow the network")

@@ -161,7 +161,7 @@ class TaskService:
     async def update(self, req: pb.UpdateTaskRequest, call: Call) -> Empty:
         container = self._sandbox.container(req.id)
         resources = oci.resources_to_proto(_json_of(req.resources, "resources"), "resources")
-        await self._to_the_end(container.update(resources))
+        await self._to_the_end(self._sandbox.update_container(container, resources))
         return Empty()
 
     async def checkpoint(self, req: pb.CheckpointTaskRequest, call: Call) -> Empty:

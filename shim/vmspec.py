@@ -15,7 +15,7 @@ from shim.share import TAG
 if TYPE_CHECKING:
     from typing import TypedDict
 
-    from config import Config
+    from config import Config, PodResources
     from config.schema import MemAgent, Qemu
     from hypervisor.extension import Extension
     from hypervisor.protection import Protection
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
         spare_iothreads: int
 
 
+# QEMU's emulated processors address 1 TiB, in which devices have their place as well.
+_TCG_MEMORY_MIB = 512 << 10
 _USUAL_ENTROPY = "/dev/urandom"
 _DEBUG_CONSOLE_PORT = 1026
 # What agents have without being told.
@@ -65,11 +67,12 @@ def vm_spec(
     protection: Protection | None = None,
     user: User | None = None,
     numa: tuple[NumaNode, ...] = (),
+    limits: PodResources | None = None,
 ) -> VmSpec:
     """The machine of one sandbox. What depends on the host has been decided by the caller; `virtiofsd` is None
     when nothing is shared, `image_bytes` is the size of the configured image, `io_uring` whether the host lets
-    programs use that, `protection` what the host hides a confidential guest with, and `numa` what the host's nodes make
-    of the configured ones.
+    programs use that, `protection` what the host hides a confidential guest with, `numa` what the host's nodes make of
+    the configured ones, and `limits` the pod's.
 
     Raises InvalidSpec for settings that have no machine.
     """
@@ -115,10 +118,9 @@ def vm_spec(
         cpu_features=qemu.cpu_features,
         tsc_khz=tsc_khz,
         vcpus=-int(-qemu.default_vcpus // 1),
-        # Under TCG the guest would pay for processors that are not there yet, with slower code.
-        max_vcpus=qemu.default_maxvcpus if accel == "kvm" else 0,
+        max_vcpus=_most_vcpus(qemu, accel, limits),
         memory_mib=qemu.default_memory,
-        **_growth(qemu),
+        **_growth(config, accel),
         memory_prealloc=qemu.enable_mem_prealloc,
         hugepages=qemu.enable_hugepages and qemu.hugepage_type == "hugetlbfs",
         numa=numa,
@@ -174,14 +176,26 @@ def _verity(qemu: Qemu) -> Verity | None:
     return Verity.parse(qemu.kernel_verity_params)
 
 
-def _growth(qemu: Qemu) -> Growth:
-    """Room for more memory, by Kata's rule: not for machines that share files, unless they have memory devices anyway.
-    There it would only cost the guest."""
-    if not (qemu.enable_virtio_mem or qemu.shared_fs == "none" or _rootfs_driver(qemu) == "nvdimm"):
+def _most_vcpus(qemu: Qemu, accel: Accel, limits: PodResources | None) -> int:
+    """Room for processors. Under TCG the guest pays for those that are not there yet, with slower code: there is room
+    for what the pod's limits ask for and no more."""
+    if accel == "kvm":
+        return qemu.default_maxvcpus
+    if limits is None or limits.cpu_quota <= 0 or limits.cpu_period <= 0:
+        return 0
+    return min(qemu.default_maxvcpus, -(-limits.cpu_quota // limits.cpu_period))
+
+
+def _growth(config: Config, accel: Accel) -> Growth:
+    """Room for memory, where it can be added while the machine runs: as modules, or through virtio-mem."""
+    qemu = config.hypervisor
+    dimms = arch_named(guest_arch(config)).dimms and not config.runtime.static_sandbox_resource_mgmt
+    if not (dimms or qemu.enable_virtio_mem) or qemu.confidential_guest:
         return {"memory_slots": 0, "max_memory_mib": 0, "virtio_mem": False}
+    most = qemu.default_maxmemory + qemu.memory_offset
     return {
         "memory_slots": qemu.memory_slots,
-        "max_memory_mib": qemu.default_maxmemory + qemu.memory_offset,
+        "max_memory_mib": min(most, _TCG_MEMORY_MIB) if accel == "tcg" else most,
         "virtio_mem": qemu.enable_virtio_mem,
     }
 

@@ -228,14 +228,16 @@ class Qemu(Section, frozen=True):
         ),
     ] = 1.0
     overhead_vcpus: Annotated[
-        Fraction, key("now", "vCPUs added for the guest itself under `static_sandbox_resource_mgmt`.")
+        Fraction, key("now", "vCPUs for the guest itself, beside those of the limits.")
     ] = 0.0
     default_maxvcpus: Annotated[
         Count,
         key(
             "now",
-            "Most vCPUs that the machine can have. 0, or more than the host has, is all of the host's. With "
-            "KVM QEMU is told of more than `default_vcpus`; kata-py adds none by itself.",
+            "Most vCPUs that the machine can have. 0, or more than the host has, is all of the host's. Without "
+            "`static_sandbox_resource_mgmt` the machine gets as many as the CPU limits of its containers ask for, and "
+            "loses those again that it does not need; arm64 has no such thing, s390x only the first half. Without KVM "
+            "there is room for what the pod's limits, or its first container's, ask for at the start, and none goes.",
             hint="256 is the most that the machine supports",
         ),
     ] = 0
@@ -249,15 +251,15 @@ class Qemu(Section, frozen=True):
     ] = 2048
     overhead_memory: Annotated[
         Count,
-        key("now", "Memory added for the guest itself under `static_sandbox_resource_mgmt`.", unit="MiB"),
+        key("now", "Memory for the guest itself, beside that of the limits.", unit="MiB"),
     ] = 0
     memory_slots: Annotated[
         int,
         key(
             "now",
-            "Slots for memory devices added later. 0 is 128. QEMU is told of them, and of "
-            "`default_maxmemory`, with `enable_virtio_mem`, with `image` as persistent memory, and without "
-            "`shared_fs`; kata-py adds no memory by itself.",
+            "Slots for memory modules that x86_64 machines get when the memory limits of their containers ask for "
+            "more than there is, without `static_sandbox_resource_mgmt`. 0 is 128. Modules stay; a machine with "
+            "`enable_virtio_mem`, or with a balloon (`reclaim_guest_freed_memory`), gives memory back.",
             ge=0,
             le=256,
         ),
@@ -267,7 +269,7 @@ class Qemu(Section, frozen=True):
         key(
             "now",
             "Most memory that the machine can have. 0, or more than the host has, is all of the host's. Not "
-            "less than `default_memory`.",
+            "less than `default_memory`. Without KVM at most 512 GiB.",
             unit="MiB",
         ),
     ] = 0
@@ -283,8 +285,8 @@ class Qemu(Section, frozen=True):
         bool,
         key(
             "now",
-            "Add a virtio-mem device that can grow the guest up to `default_maxmemory`. It is empty at first,"
-            " and kata-py does not fill it by itself. s390x needs QEMU 10.",
+            "Add memory, up to `default_maxmemory`, and take it back through a virtio-mem device, instead of adding "
+            "modules. It is empty at first. s390x needs QEMU 10.",
             hint="set default_memory to what is needed",
         ),
     ] = False

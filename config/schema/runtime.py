@@ -56,9 +56,9 @@ class Runtime(Section, frozen=True):
     enable_vcpus_pinning: Annotated[
         bool,
         key(
-            "warned",
-            "Pin each vCPU thread to one CPU of the pod's set.",
-            why="the host's scheduler decides where vCPUs run",
+            "now",
+            "Keep each vCPU's thread on one of the host's CPUs, as long as there are as many vCPUs as CPUs in the "
+            "cpusets of the pod's containers. Else they run where the host's scheduler puts them.",
         ),
     ] = False
     enable_tracing: Annotated[

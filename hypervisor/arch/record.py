@@ -80,6 +80,14 @@ class Arch:
     plug_in_bridge: bool = False
     """Whether devices can be plugged in behind a PCI bridge, one device with places for thirty: firmware has to see to
     that. Elsewhere each needs a port of its own."""
+    plugs_vcpus: bool = False
+    """Whether processors can be added while the machine runs."""
+    unplugs_vcpus: bool = False
+    """Whether they can be taken out again."""
+    dimms: bool = False
+    """Whether memory modules can be added while the machine runs."""
+    growth_words: tuple[str, ...] = ()
+    """Kernel command line of guests that memory can be added to."""
     no_nested_virtualization: str = ""
     """`-cpu` features that hide virtualization, where a model may have it."""
     tsc: bool = False

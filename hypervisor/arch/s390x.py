@@ -22,5 +22,6 @@ S390X = Arch(
         bus="ccw",
     ),
     byte_order="big",
+    plugs_vcpus=True,
     kernel_words=("console=ttysclp0", "cryptomgr.notests"),
 )

@@ -39,6 +39,11 @@ X86_64 = Arch(
     pcie_ports=True,
     numa=True,
     plug_in_bridge=True,
+    plugs_vcpus=True,
+    unplugs_vcpus=True,
+    dimms=True,
+    # The kernel would set 64 MiB aside for devices that reach no address above 4 GiB, as soon as there may be one.
+    growth_words=("swiotlb=noforce",),
     no_nested_virtualization="vmx=off,svm=off",
     tsc=True,
 )

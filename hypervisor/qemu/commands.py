@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 import msgspec
 
 from hypervisor.errors import HotplugRefused, QmpRefused, QmpUnavailable
-from hypervisor.qemu.events import Bytes, DeviceDeleted, DeviceUnplugFailed, Text
+from hypervisor.qemu.events import AcpiDeviceOst, Bytes, DeviceDeleted, DeviceUnplugFailed, Text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +29,9 @@ T = TypeVar("T")
 # A guest lets go of a device within a second, also when emulated; one that has no driver for it never does.
 UNPLUG_TIMEOUT_S = 10.0
 Count = Annotated[int, msgspec.Meta(ge=0)]
+# ACPI 6.5, tables 6-11 and 6-13: what a status is about (the request to let go, and doing it), and the statuses that
+# mean it will not be done: it failed, is not supported, the device or what depends on it is in use.
+_EJECTIONS, _EJECTION_FAILED = (0x3, 0x103), (0x1, 0x2, 0x80, 0x81, 0x82, 0x83)
 
 
 class _Answer(msgspec.Struct, frozen=True, rename="kebab"):
@@ -172,7 +175,11 @@ async def unplug(monitor: Monitor, device_id: str, *, timeout_s: float = UNPLUG_
     outcome: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
 
     def heard(event: Event) -> None:
-        ours = isinstance(event, DeviceDeleted | DeviceUnplugFailed) and event.device == device_id
+        if isinstance(event, AcpiDeviceOst):
+            info = event.info
+            ours = info.device == device_id and info.source in _EJECTIONS and info.status in _EJECTION_FAILED
+        else:
+            ours = isinstance(event, DeviceDeleted | DeviceUnplugFailed) and event.device == device_id
         if ours and not outcome.done():
             outcome.set_result(event)
 
@@ -190,7 +197,7 @@ async def unplug(monitor: Monitor, device_id: str, *, timeout_s: float = UNPLUG_
         finally:
             lost.cancel()
     if outcome.done():
-        if isinstance(outcome.result(), DeviceUnplugFailed):
+        if not isinstance(outcome.result(), DeviceDeleted):
             raise HotplugRefused(f"cannot unplug {device_id}: the guest refused; stop what uses it there")
     elif lost.done():
         raise QmpUnavailable(f"QEMU's monitor went away while {device_id} was being unplugged")

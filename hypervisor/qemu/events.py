@@ -63,6 +63,20 @@ class BalloonChanged(_Event, frozen=True):
     actual: Bytes
 
 
+class Ost(msgspec.Struct, frozen=True, rename="kebab"):
+    """What the guest says about a slot (ACPI's _OST): `source` is what it was told, `status` 0 that it has done it."""
+
+    source: Annotated[int, msgspec.Meta(ge=0)]
+    status: Annotated[int, msgspec.Meta(ge=0)]
+    device: Text = ""
+
+
+class AcpiDeviceOst(_Event, frozen=True):
+    """The guest has, or has not, taken a processor or a memory module, or let go of it."""
+
+    info: Ost
+
+
 class DumpResult(msgspec.Struct, frozen=True):
     """How far a dump has come: "active", "completed" or "failed"."""
 
@@ -85,6 +99,7 @@ Event: TypeAlias = (
     | DeviceUnplugFailed
     | MemorySizeChanged
     | BalloonChanged
+    | AcpiDeviceOst
     | DumpCompleted
 )
 _TYPES: Mapping[str, type[Event]] = {
@@ -94,6 +109,7 @@ _TYPES: Mapping[str, type[Event]] = {
     "DEVICE_UNPLUG_GUEST_ERROR": DeviceUnplugFailed,
     "MEMORY_DEVICE_SIZE_CHANGE": MemorySizeChanged,
     "BALLOON_CHANGE": BalloonChanged,
+    "ACPI_DEVICE_OST": AcpiDeviceOst,
     "DUMP_COMPLETED": DumpCompleted,
 }
 

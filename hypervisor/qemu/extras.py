@@ -11,6 +11,7 @@ from hypervisor.errors import InvalidSpec
 from hypervisor.qemu import args
 from hypervisor.qemu.cmdline import virtio_disk
 from hypervisor.qemu.rare_args import IoThread
+from hypervisor.qemu.room import room_mib
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
     from hypervisor.arch import Arch
     from hypervisor.spec import VmSpec
-
-# Linux takes memory in blocks of this size, and every block size of virtio-mem divides it.
-_BLOCK_MIB = 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -80,7 +78,7 @@ def extras(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
         )
     for index in range(spec.spare_iothreads):
         yield IoThread(id=f"spare-io{index}")
-    yield from _memory_to_add(spec, bus)
+    yield from _memory_to_add(spec, arch)
     if spec.balloon:
         yield VirtioBalloon(driver=f"virtio-balloon-{bus}", id="balloon0")
     if spec.entropy_source is not None:
@@ -88,17 +86,17 @@ def extras(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
         yield VirtioRng(driver=f"virtio-rng-{bus}", rng="rng0")
 
 
-def _memory_to_add(spec: VmSpec, bus: str) -> Iterator[args.Switch]:
-    room_mib = (spec.max_memory_mib - spec.memory_mib) // _BLOCK_MIB * _BLOCK_MIB
-    if not spec.virtio_mem or room_mib <= 0:
+def _memory_to_add(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
+    room = room_mib(spec, arch)
+    if not spec.virtio_mem or room <= 0:
         return
     yield args.MemoryBackendMemfd(
         id="virtio-mem",
-        size=f"{room_mib}M",
+        size=f"{room}M",
         reserve=False,  # it is a limit: the host need not have that much
         hugetlb=spec.hugepages or None,
     )
-    yield VirtioMem(driver=f"virtio-mem-{bus}", id="virtio-mem0", memdev="virtio-mem")
+    yield VirtioMem(driver=f"virtio-mem-{arch.devices.bus}", id="virtio-mem0", memdev="virtio-mem")
 
 
 def behind_iommu_platform(switches: list[args.Switch], arch: Arch) -> list[args.Switch]:

@@ -14,6 +14,7 @@ import re
 from typing import TYPE_CHECKING
 
 from hypervisor.errors import InvalidSpec
+from hypervisor.qemu.room import room_mib
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,6 +57,7 @@ def kernel_command_line(spec: VmSpec, arch: Arch) -> str:
             if e.verity_params
         ),
         *(arch.iommu.kernel_words if spec.iommu and arch.iommu is not None else ()),
+        *_growth_words(spec, arch),
         *_agent_words(spec),
     ]
     words = merged(words, split(spec.kernel_params))
@@ -109,6 +111,14 @@ def _root_words(spec: VmSpec, arch: Arch) -> tuple[str, ...]:
         flags = ("dax", *flags)
     read_only = (f"rootflags={','.join(flags)}", "ro") if flags else ("rootflags=ro",)
     return (*before, f"root={root}", *read_only, f"rootfstype={spec.rootfs_type}")
+
+
+def _growth_words(spec: VmSpec, arch: Arch) -> tuple[str, ...]:
+    """Added memory is used at once. With virtio-mem it has to come back, so most of it is for what can be moved."""
+    if not room_mib(spec, arch):
+        return ()
+    movable = ("memory_hotplug.online_policy=auto-movable",) if spec.virtio_mem else ()
+    return (*arch.growth_words, "memhp_default_state=online", *movable)
 
 
 def _agent_words(spec: VmSpec) -> list[str]:

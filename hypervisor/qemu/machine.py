@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from hypervisor.qemu.disk import DiskAddress, Disks
     from hypervisor.qemu.events import Event
     from hypervisor.qemu.nic import Interfaces, NicFds
+    from hypervisor.qemu.resize import Resizing
     from hypervisor.qemu.vfio import HostDevices
     from hypervisor.spec import Disk, Nic, VmSpec
     from hypervisor.vfio import HostDevice
@@ -78,6 +79,7 @@ class Machine:
         self._interfaces: Interfaces | None = None
         self._host_devices: HostDevices | None = None
         self._disks: Disks | None = None
+        self._resizing: Resizing | None = None
         self._qemu = qemu
         self._helpers = helpers
         self._console = console
@@ -154,6 +156,15 @@ class Machine:
 
             self._host_devices = HostDevices(self._spec)
         return self._host_devices
+
+    @property
+    def resizing(self) -> Resizing:
+        """The way to other amounts of processors and memory."""
+        if self._resizing is None:
+            from hypervisor.qemu.resize import Resizing
+
+            self._resizing = Resizing(self._spec, self.monitor)
+        return self._resizing
 
     @property
     def _nics(self) -> Interfaces:

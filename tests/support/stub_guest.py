@@ -227,6 +227,9 @@ class World:
         await container.delete(remove_in_guest=True)
         self.containers.pop(container.id, None)
 
+    async def update_container(self, container: Container, resources: oci_pb2.LinuxResources) -> None:
+        await container.update(resources)
+
     async def _shut_down(self) -> None:
         self.shut_downs += 1
 

@@ -89,6 +89,8 @@ SETS: dict[str, tuple[str, str, object]] = {
     RUNTIME + "hypervisor_name": ("qemu", "runtime.hypervisor_name", "qemu"),
     RUNTIME + "agent_name": ("kata", "runtime.agent_name", "kata"),
     RUNTIME + "internetworking_model": ("none", "runtime.internetworking_model", "none"),
+    RUNTIME + "enable_vcpus_pinning": ("true", "runtime.enable_vcpus_pinning", True),
+    "io.katacontainers.enable_vcpus_pinning": ("true", "runtime.enable_vcpus_pinning", True),
     RUNTIME + "disable_new_netns": ("true", "runtime.disable_new_netns", True),
     RUNTIME + "disable_guest_seccomp": ("true", "runtime.disable_guest_seccomp", True),
     RUNTIME + "disable_guest_empty_dir": ("true", "runtime.disable_guest_empty_dir", True),
@@ -110,28 +112,21 @@ SETS: dict[str, tuple[str, str, object]] = {
 WITH = {HYPERVISOR + "kernel_verity_params": {HYPERVISOR + "image": "@/other"}}
 
 # Accepted with a warning that names the key.
-WARNS: dict[str, tuple[str, str]] = (
-    {
-        HYPERVISOR + name: (text, f"hypervisor.qemu.{name}")
-        for name, text in {
-            "cold_plug_vfio": "root-port",
-            "hot_plug_vfio": "root-port",
-            "hotplug_vfio_on_root_bus": "true",
-        }.items()
-    }
-    | {
-        RUNTIME + name: (text, f"runtime.{name}")
-        for name, text in {
-            "enable_pprof": "true",
-            "sandbox_cgroup_only": "true",
-            "enable_vcpus_pinning": "true",
-            "vfio_mode": "vfio",
-        }.items()
-    }
-    | {
-        "io.katacontainers.enable_vcpus_pinning": ("true", "runtime.enable_vcpus_pinning"),
-    }
-)
+WARNS: dict[str, tuple[str, str]] = {
+    HYPERVISOR + name: (text, f"hypervisor.qemu.{name}")
+    for name, text in {
+        "cold_plug_vfio": "root-port",
+        "hot_plug_vfio": "root-port",
+        "hotplug_vfio_on_root_bus": "true",
+    }.items()
+} | {
+    RUNTIME + name: (text, f"runtime.{name}")
+    for name, text in {
+        "enable_pprof": "true",
+        "sandbox_cgroup_only": "true",
+        "vfio_mode": "vfio",
+    }.items()
+}
 
 REFUSED: dict[str, str] = {
     HYPERVISOR + "jailer_path": "/bin/true",

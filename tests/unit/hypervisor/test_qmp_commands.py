@@ -295,6 +295,16 @@ async def test_a_descriptor_goes_with_its_command(tmp_path: Path, name: str) -> 
 STAMP = {"seconds": 1, "microseconds": 2}
 GONE = {"event": "DEVICE_DELETED", "data": {"device": "disk1", "path": "/m"}, "timestamp": STAMP}
 OTHER = {"event": "DEVICE_DELETED", "data": {"device": "disk2", "path": "/n"}, "timestamp": STAMP}
+DENIED = {
+    "event": "ACPI_DEVICE_OST",
+    "data": {"info": {"device": "disk1", "source": 3, "status": 0x82, "slot": "0", "slot-type": "CPU"}},
+    "timestamp": STAMP,
+}
+UNDER_WAY = {
+    "event": "ACPI_DEVICE_OST",
+    "data": {"info": {"device": "disk1", "source": 3, "status": 0x84, "slot": "0", "slot-type": "CPU"}},
+    "timestamp": STAMP,
+}
 KEPT = {"event": "DEVICE_UNPLUG_GUEST_ERROR", "data": {"device": "disk1", "path": "/m"}, "timestamp": STAMP}
 DONE: dict[str, Any] = {"return": {}}
 ABSENT = {"error": {"class": "DeviceNotFound", "desc": "Device 'disk1' not found"}}
@@ -309,6 +319,8 @@ BUSY = {"error": {"class": "GenericError", "desc": "Device disk1 is already in t
         ([ABSENT], None, ""),
         ([DONE, OTHER], HotplugRefused, r"did not let go of it within 0\.1 s; stop what uses it"),
         ([DONE, KEPT], HotplugRefused, "the guest refused; stop what uses it"),
+        ([DONE, DENIED], HotplugRefused, "the guest refused; stop what uses it"),
+        ([DONE, UNDER_WAY, GONE], None, ""),
         ([BUSY], HotplugRefused, "already in the process of unplug"),
         ([DONE, None], QmpUnavailable, "went away while disk1 was being unplugged"),
         ([None], QmpUnavailable, "is gone, cannot device_del"),

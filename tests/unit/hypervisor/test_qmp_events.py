@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hypervisor.qemu.events import (
+    AcpiDeviceOst,
     BalloonChanged,
     DeviceDeleted,
     DeviceUnplugFailed,
@@ -14,6 +15,7 @@ from hypervisor.qemu.events import (
     DumpResult,
     GuestPanicked,
     MemorySizeChanged,
+    Ost,
     Shutdown,
     event_from,
 )
@@ -30,6 +32,11 @@ KNOWN: list[tuple[str, dict[str, Any], Event]] = [
     ),
     ("DEVICE_DELETED", {"device": "disk1", "path": "/m"}, DeviceDeleted(path="/m", device="disk1")),
     ("DEVICE_DELETED", {"path": "/m/x"}, DeviceDeleted(path="/m/x")),
+    (
+        "ACPI_DEVICE_OST",
+        {"info": {"device": "d", "source": 1, "status": 0, "slot": "0", "slot-type": "DIMM"}},
+        AcpiDeviceOst(Ost(1, 0, "d")),
+    ),
     ("DEVICE_UNPLUG_GUEST_ERROR", {"device": "dimm1", "path": "/m"}, DeviceUnplugFailed("/m", "dimm1")),
     (
         "MEMORY_DEVICE_SIZE_CHANGE",

@@ -110,7 +110,7 @@ NOW: dict[str, Shown] = {
     QEMU + "default_vcpus": Shown("1.5", "-smp\n2,maxcpus=8\n"),
     QEMU + "overhead_vcpus": Shown("1.0", "-smp\n3\n", STATIC),
     QEMU + "default_maxvcpus": Shown("4", "-smp\n1,maxcpus=4\n"),
-    QEMU + "default_memory": Shown("300", "-m\n300M\n"),
+    QEMU + "default_memory": Shown("300", "-m\n300M,"),
     QEMU + "overhead_memory": Shown("100", "-m\n400M\n", STATIC),
     QEMU + "memory_slots": Shown("5", "slots=5,", GROWS),
     QEMU + "default_maxmemory": Shown("8192", "maxmem=8G\n", GROWS),
@@ -170,7 +170,7 @@ NOW: dict[str, Shown] = {
         "5000", '"port":"5000"', SECRET | {QEMU + "confidential_guest": "true"}
     ),
     QEMU + "enable_annotations": Shown(
-        '["default_memory"]', "-m\n300M\n", annotations={"default_memory": "300"}
+        '["default_memory"]', "-m\n300M,", annotations={"default_memory": "300"}
     ),
     QEMU + "valid_hypervisor_paths": Shown(
         '["@/o*"]', "@/other\n-name", allowed("path"), {"path": "@/other"}
@@ -253,6 +253,7 @@ NOW: dict[str, Shown] = {
     RUNTIME + "hypervisor_name": Shown('"clh"', "runtime.hypervisor_name: want qemu"),
     RUNTIME + "agent_name": Shown('"other"', "runtime.agent_name: want kata"),
     RUNTIME + "internetworking_model": Shown('"none"', "virtio-net-pci,", gone=True),
+    RUNTIME + "enable_vcpus_pinning": Shown("true", "monitor: query-cpus-fast"),
     RUNTIME + "disable_new_netns": Shown("true", "netns=None"),
     RUNTIME + "disable_guest_seccomp": Shown("true", "SCMP_ACT_ERRNO", gone=True),
     RUNTIME + "static_sandbox_resource_mgmt": Shown("true", "-m\n300M\n"),
@@ -276,7 +277,6 @@ OTHERS: dict[str, dict[str, str]] = {
         QEMU + "hot_plug_vfio": '"bridge-port"',
         QEMU + "hotplug_vfio_on_root_bus": "true",
         MEM_AGENT + "create_container_timeout": "30",
-        RUNTIME + "enable_vcpus_pinning": "true",
         RUNTIME + "enable_tracing": "true",
         RUNTIME + "sandbox_cgroup_only": "true",
         RUNTIME + "vfio_mode": '"vfio"',
