@@ -106,7 +106,7 @@ def adjust_and_validate(config: Config, host: HostLimits, report: Report) -> Con
         ),
         agent=replace(agent, log_level=_level(agent.enable_debug, agent.log_level)),
         runtime=replace(
-            _check_runtime(runtime, qemu, where, report),
+            runtime,
             sandbox_bind_mounts=_guest_files(runtime, qemu, report),
             log_level=_level(runtime.enable_debug, runtime.log_level),
         ),
@@ -116,14 +116,6 @@ def adjust_and_validate(config: Config, host: HostLimits, report: Report) -> Con
 
 def _level(enable_debug: bool, log_level: str) -> str:
     return "debug" if enable_debug and log_level == "info" else log_level
-
-
-def _check_runtime(runtime: Runtime, qemu: Qemu, where: KeyPath, report: Report) -> Runtime:
-    if runtime.emptydir_mode == "block-encrypted" and qemu.shared_fs != "none":
-        problem = "emptyDir volumes would be plain directories of the host"
-        hint = 'set it to "shared-fs", or shared_fs to "none"'
-        report.add(("runtime", "emptydir_mode"), problem, hint, also=((*where, "shared_fs"),))
-    return runtime
 
 
 def _guest_files(runtime: Runtime, qemu: Qemu, report: Report) -> tuple[str, ...]:

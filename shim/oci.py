@@ -6,6 +6,7 @@ or rewritten here, so that nothing of the host's layout is ever told to the gues
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ _NAMES = ("io.kubernetes.cri.container-name", "io.kubernetes.cri-o.ContainerName
 _KUBELETS = re.compile(
     r"/pods/[^/]+/volumes/kubernetes\.io~(configmap|secret|projected|downward-api)/[^/]+/?\Z"
 )
+_EMPTY_DIRS = re.compile(r"/pods/[^/]+/volumes/kubernetes\.io~empty-dir/[^/]+/?\Z")
 # Where VFIO has its groups and devices.
 _PASSED_THROUGH = "/dev/vfio/"
 
@@ -200,6 +202,22 @@ def is_bind(mount: oci_pb2.Mount) -> bool:
 def is_kubelets(source: str, options: Collection[str]) -> bool:
     """Whether a bind mount is of a directory that a kubelet changes, and the container cannot."""
     return "ro" in options and _KUBELETS.search(source) is not None
+
+
+def check_empty_dir(source: str, mode: str) -> None:
+    """Whether an `emptyDir` volume can be had in the way that `emptydir_mode` asks for. One that is a mount of the host
+    is in memory and no concern of that.
+
+    Raises:
+        InvalidRequest: it cannot.
+    """
+    if mode != "shared-fs" and _EMPTY_DIRS.search(source) and not os.path.ismount(source):
+        what = "an encrypted disk" if mode == "block-encrypted" else "a disk"
+        raise InvalidRequest(
+            f"emptyDir {os.path.basename(source.rstrip('/'))}: emptydir_mode asks for {what} of the guest, which no "
+            "guest of this version has, and it would be a plain directory of the host; set emptydir_mode of [runtime] "
+            "to shared-fs, or give the volume medium: Memory"
+        )
 
 
 def _fill(message: Message, raw: dict[str, Any], where: str) -> None:

@@ -3,6 +3,8 @@ containerd uses the Sandbox API and there is no such container."""
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,12 +30,15 @@ _CRI_CONFIG = "runtime.v1.PodSandboxConfig"
 _LIMITS = tuple(f"io.kubernetes.cri.sandbox-{name}" for name in ("cpu-quota", "cpu-period", "memory"))
 # Ten times what any resolver reads; the rest of a larger file is left out.
 _RESOLV_CONF_LIMIT = 65536
+# Bytes, or a part of the memory, which is then the guest's.
+_TMPFS_SIZE = re.compile("[0-9]{1,18}[kKmMgG%]?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pod:
     """`dns` are the lines of resolv.conf, `netns` is None for "make a new one" and with `host_network`, `sysctls` are
-    the guest's, `annotations` all that the pod has, `resources` its limits."""
+    the guest's, `annotations` all that the pod has, `resources` its limits, `shm_size` the size of /dev/shm in the
+    words of tmpfs(5)."""
 
     hostname: str = ""
     dns: tuple[str, ...] = ()
@@ -42,6 +47,7 @@ class Pod:
     sysctls: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)
     resources: PodResources = field(default_factory=PodResources)
+    shm_size: str = "64m"
 
 
 def pod_from_bundle(bundle: Bundle) -> Pod:
@@ -58,6 +64,7 @@ def pod_from_bundle(bundle: Bundle) -> Pod:
         host_network=not any(namespace.type == "network" for namespace in bundle.spec.linux.namespaces),
         annotations=bundle.spec.annotations,
         resources=_limits_of(bundle),
+        shm_size=_shm_size(bundle) or Pod.shm_size,
     )
 
 
@@ -117,6 +124,21 @@ def _limits_of(bundle: Bundle) -> PodResources:
         raise InvalidRequest(
             f"container {bundle.container_id}: annotations with the pod's limits: {err}"
         ) from err
+
+
+def _shm_size(bundle: Bundle) -> str:
+    """The size that an engine has given /dev/shm: of a tmpfs that the container is to mount, or of one that the engine
+    has mounted itself, in a directory `shm` of the container or of the pod. Empty when none is told."""
+    for mount in reversed(bundle.spec.mounts):
+        if mount.destination != "/dev/shm":  # noqa: S108 - the container's
+            continue
+        if mount.type == "tmpfs":
+            sizes = [option[5:] for option in mount.options or () if option.startswith("size=")]
+            return sizes[-1] if sizes and _TMPFS_SIZE.fullmatch(sizes[-1]) else ""
+        if mount.source.endswith("/shm") and mount.source != "/dev/shm" and os.path.ismount(mount.source):  # noqa: S108
+            tmpfs = os.statvfs(mount.source)
+            return str(tmpfs.f_blocks * tmpfs.f_frsize) if tmpfs.f_blocks else ""
+    return ""
 
 
 def _hostname(bundle: Bundle) -> str:

@@ -60,7 +60,6 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 _SANDBOX_DIR = "/run/kata-containers/sandbox"
-_SHM_BYTES = 64 << 20
 # A machine that goes down breaks the agent's connection a moment before QEMU has ended.
 _LAST_WORDS_S = 1.0
 # What of a failed boot's console goes into the log, where a line has to fit into a pipe.
@@ -409,6 +408,7 @@ class Sandbox:
             elif oci.is_bind(mount):
                 # A relative source is relative to the bundle (runtime-spec config.md, "Mounts").
                 source = str(bundle.path / mount.source)
+                oci.check_empty_dir(source, self._boot.config.runtime.emptydir_mode)
                 mount.source, inherited = self._share.add_volume(source, mount.options, undo)
                 if oci.is_kubelets(source, mount.options):
                     kubelets.append((source, mount))
@@ -483,7 +483,7 @@ class Sandbox:
                 driver="ephemeral",
                 source="shm",
                 fstype="tmpfs",
-                options=["noexec", "nosuid", "nodev", "mode=1777", f"size={_SHM_BYTES}"],
+                options=["noexec", "nosuid", "nodev", "mode=1777", f"size={self._boot.pod.shm_size}"],
                 mount_point=f"{_SANDBOX_DIR}/shm",
             )
         ]

@@ -114,10 +114,10 @@ class Runtime(Section, frozen=True):
     emptydir_mode: Annotated[
         Literal["shared-fs", "block-encrypted", "block-plain"],
         key(
-            "warned",
-            "Where disk-backed `emptyDir` volumes live. `block-encrypted` is refused with `shared_fs`, "
-            "because they would be plain directories.",
-            why="they are directories of the host, which guests without `shared_fs` do not get",
+            "now",
+            "Where `emptyDir` volumes of the default medium live: in directories of the host (`shared-fs`), or on "
+            "disks of the guest. Guests of this version have no such disks: with `block-encrypted` and with "
+            "`block-plain` containers that have such a volume are refused. Volumes in memory are no concern of it.",
         ),
     ] = "shared-fs"
     experimental: Annotated[

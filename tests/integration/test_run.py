@@ -69,8 +69,12 @@ def test_bind_mounts_of_directory_and_file(containerd: Containerd, tmp_path: os.
     mounts = [
         "--mount", f"type=bind,src={folder},dst=/data,options=rbind:rw",
         "--mount", f"type=bind,src={file},dst=/one,options=rbind:ro",
+        "--mount", "type=tmpfs,src=shm,dst=/dev/shm,options=size=80m",
     ]  # fmt: skip
-    done = containerd.run("sh", "-c", "cat /one > /data/copy; echo x > /one", options=["--rm", *mounts])
+    script = "cat /one > /data/copy; stat -f -c '%b %S' /dev/shm; echo x > /one"
+    done = containerd.run("sh", "-c", script, options=["--rm", *mounts])
+    blocks, size = done.stdout.split()
+    assert int(blocks) * int(size) == 80 * MIB
     with open(os.path.join(folder, "copy")) as stream:
         assert stream.read() == "from the host\n"
     assert "Read-only file system" in done.stderr

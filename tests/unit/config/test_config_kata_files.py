@@ -19,16 +19,16 @@ FILES = {
     "virtio_fs_daemon": "virtiofsd",
 }  # fmt: skip
 # What each file warns of. The pod's own control group is the host's affair, and nothing here has a network yet.
-GROUP, NETWORK, EMPTY_DIR = "runtime.sandbox_cgroup_only", "runtime.dan_conf", "runtime.emptydir_mode"
+GROUP, NETWORK = "runtime.sandbox_cgroup_only", "runtime.dan_conf"
 WARNED = {
     "plain_4_1": {GROUP, NETWORK},
     "plain_3_26": set[str](),
-    "tdx_4_1": {GROUP, NETWORK, EMPTY_DIR},
+    "tdx_4_1": {GROUP, NETWORK},
     "tdx_3_26": {NETWORK},
-    "snp_4_1": {GROUP, NETWORK, EMPTY_DIR},
+    "snp_4_1": {GROUP, NETWORK},
     "snp_3_26": {NETWORK},
     "se_4_1": {
-        *(GROUP, NETWORK, EMPTY_DIR),
+        *(GROUP, NETWORK),
         *("runtime.vfio_mode", "hypervisor.qemu.cold_plug_vfio", "hypervisor.qemu.disable_vhost_net"),
     },
 }
@@ -100,15 +100,6 @@ def test_files_that_are_not_there_are_named_by_their_keys(site: Site, column: st
     named = {line.removeprefix(f"{site.file}: ").split(": ")[0] for line in lines if "does not exist" in line}
     assert "hypervisor.qemu.kernel" in named
     assert all("does not exist" in line or "executable" in line for line in lines)
-
-
-def test_plain_volumes_are_not_passed_off_as_encrypted(site: Site) -> None:
-    text = f"[hypervisor.qemu]\n{site.required()}[runtime]\nemptydir_mode = 'block-encrypted'\n"
-    (line,) = site.lines(text)
-    assert line == (
-        f"{site.file}: runtime.emptydir_mode: emptyDir volumes would be plain directories of the host "
-        '(set it to "shared-fs", or shared_fs to "none")'
-    )
 
 
 def test_an_image_with_hashes(site: Site) -> None:

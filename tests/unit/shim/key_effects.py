@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import socket
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -52,6 +52,14 @@ SPEC: dict[str, Any] = {
     "ociVersion": "1.0.2",
     "process": {"args": ["true"], "cwd": "/"},
     "root": {"path": "rootfs"},
+    "mounts": [
+        {
+            "destination": "/c",
+            "type": "bind",
+            "source": "pods/u/volumes/kubernetes.io~empty-dir/c",
+            "options": ["rw"],
+        }
+    ],
     "linux": {"seccomp": {"defaultAction": "SCMP_ACT_ERRNO"}, "namespaces": [{"type": "network"}]},
 }
 POD = {
@@ -117,6 +125,9 @@ class Share:
 
     def add_rootfs(self, *_: object) -> str:
         return "/rootfs"
+
+    def add_volume(self, *_: object) -> tuple[str, tuple[str, ...]]:
+        return "/volume", ()
 
     def rootfs(self, _: str) -> Path:
         return self.exported
@@ -243,8 +254,10 @@ async def _bring_up(folder: Path, seen: list[str]) -> None:
     pod.bring_up()
     request = sandbox.CreateRequest("s1", folder, (), Stdio("", "", "", False))
     try:
-        with suppress(ShimError, RpcError):
+        try:
             await pod.create_container(request)
+        except (ShimError, RpcError) as err:
+            seen.append(f"no container: {err}")
         inside = pod._inside
         if inside is None:
             await pod._guest()

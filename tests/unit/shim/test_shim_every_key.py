@@ -258,6 +258,9 @@ NOW: dict[str, Shown] = {
     RUNTIME + "disable_guest_seccomp": Shown("true", "SCMP_ACT_ERRNO", gone=True),
     RUNTIME + "static_sandbox_resource_mgmt": Shown("true", "-m\n300M\n"),
     RUNTIME + "sandbox_bind_mounts": Shown('["@/other"]', "seen by every guest: ('@/other:ro',)"),
+    RUNTIME + "emptydir_mode": Shown(
+        '"block-plain"', "no container: emptyDir c: emptydir_mode asks for a disk"
+    ),
     RUNTIME + "keep_abnormal": Shown("true", "is kept: True"),
     SHARED: Shown(shared(), "shared_mounts {"),
     SHARED + ".name": Shown(shared(name="mine"), 'name: "mine"', {SHARED: shared()}, set_by=SHARED),
@@ -280,7 +283,6 @@ OTHERS: dict[str, dict[str, str]] = {
         RUNTIME + "enable_tracing": "true",
         RUNTIME + "sandbox_cgroup_only": "true",
         RUNTIME + "vfio_mode": '"vfio"',
-        RUNTIME + "emptydir_mode": '"block-plain"',
         RUNTIME + "enable_pprof": "true",
         RUNTIME + "dan_conf": '"/run/dans"',
         RUNTIME + "pod_resource_api_sock": '"/run/kubelet.sock"',

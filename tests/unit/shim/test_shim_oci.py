@@ -9,10 +9,13 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from config.schema import SharedMount
-from shim import oci
+from shim import mounts, oci
 from shim.errors import InvalidRequest
+from tests.support.namespaces import in_mount_namespace
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from agent_proto.gen import oci_pb2
 
 UNLIMITED = (1 << 64) - 1
@@ -390,3 +393,26 @@ def test_volumes_on_dev_shm_are_the_users(mount: dict[str, Any], pods: bool) -> 
     assert oci.is_pods_shm(spec.Mounts[0], ("S", "C")) is pods
     spec.Mounts[0].destination = "/dev/shm2"
     assert not oci.is_pods_shm(spec.Mounts[0], ("S", "C"))
+
+
+@pytest.mark.parametrize("mode", ["block-plain", "block-encrypted"])
+def test_empty_dirs_are_not_passed_off_as_disks(mode: str) -> None:
+    volumes = "/var/lib/kubelet/pods/1-2/volumes"
+    with pytest.raises(
+        InvalidRequest, match=r"^emptyDir cache: emptydir_mode asks for an? .*disk.* to shared-fs"
+    ):
+        oci.check_empty_dir(f"{volumes}/kubernetes.io~empty-dir/cache/", mode)
+    oci.check_empty_dir(f"{volumes}/kubernetes.io~empty-dir/cache", "shared-fs")
+    oci.check_empty_dir(f"{volumes}/kubernetes.io~empty-dir/cache/below", mode)
+    oci.check_empty_dir(f"{volumes}/kubernetes.io~configmap/cache", mode)
+
+
+def test_empty_dirs_in_memory_need_no_disk(tmp_path: Path) -> None:
+    source = tmp_path / "pods" / "1-2" / "volumes" / "kubernetes.io~empty-dir" / "cache"
+    source.mkdir(parents=True)
+
+    def inside() -> None:
+        mounts.mount("tmpfs", str(source), "tmpfs")
+        oci.check_empty_dir(str(source), "block-encrypted")
+
+    in_mount_namespace(inside)

@@ -11,11 +11,13 @@ import pytest
 from google.protobuf.any_pb2 import Any
 
 from config import PodResources
+from shim import mounts
 from shim.api.gen import pod_pb2
 from shim.api.gen.sandbox_pb2 import CreateSandboxRequest
 from shim.bundle import Bundle
 from shim.errors import InvalidRequest
 from shim.pod import Pod, pod_from_bundle, pod_from_request, write_etc
+from tests.support.namespaces import in_mount_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,6 +55,40 @@ def test_from_a_spec(tmp_path: Path, content: bytes | None, lines: tuple[str, ..
 def test_from_an_empty_spec(tmp_path: Path) -> None:
     config = {"linux": {"namespaces": [{"type": "uts"}, {"type": "network"}]}}
     assert pod_from_bundle(bundle_with(tmp_path, config)) == Pod()
+
+
+@pytest.mark.parametrize(
+    ("mount", "size"),
+    [
+        ({"type": "tmpfs", "source": "shm", "options": ["nosuid", "size=65536k"]}, "65536k"),
+        ({"type": "tmpfs", "source": "shm", "options": ["size=1m", "size=2g"]}, "2g"),
+        ({"type": "tmpfs", "source": "shm", "options": ["size=50%"]}, "50%"),
+        ({"type": "tmpfs", "source": "shm", "options": ["size=-1"]}, "64m"),
+        ({"type": "tmpfs", "source": "shm", "options": ["size=1,noexec"]}, "64m"),
+        ({"type": "tmpfs", "source": "shm"}, "64m"),
+        # The host's own, and what is no mount of an engine's, tell nothing.
+        ({"type": "bind", "source": "/dev/shm", "options": ["rbind"]}, "64m"),
+        ({"type": "bind", "source": "@/shm", "options": ["rbind"]}, "64m"),
+        ({"type": "bind", "source": "/nowhere/shm", "options": ["rbind"]}, "64m"),
+    ],
+)
+def test_shared_memory(tmp_path: Path, mount: dict[str, object], size: str) -> None:
+    (tmp_path / "shm").mkdir()
+    mount = {**mount, "source": str(mount["source"]).replace("@", str(tmp_path))}
+    config = {"mounts": [{"destination": "/proc", "type": "proc"}, {"destination": "/dev/shm", **mount}]}
+    assert pod_from_bundle(bundle_with(tmp_path, config)).shm_size == size
+
+
+def test_shared_memory_of_an_engine(tmp_path: Path) -> None:
+    """A tmpfs that is mounted already."""
+    (tmp_path / "shm").mkdir()
+    mount = {"destination": "/dev/shm", "type": "bind", "source": str(tmp_path / "shm"), "options": ["rbind"]}
+
+    def inside() -> None:
+        mounts.mount("shm", str(tmp_path / "shm"), "tmpfs", 0, "size=100m")
+        assert pod_from_bundle(bundle_with(tmp_path, {"mounts": [mount]})).shm_size == str(100 << 20)
+
+    in_mount_namespace(inside)
 
 
 def test_spec_with_the_hosts_name(tmp_path: Path) -> None:
