@@ -259,6 +259,20 @@ class AgentClient:
         """Answer one of them."""
         return await self._extension(services.ANSWER_NAME, request, self._timeout_s)
 
+    async def listen_socket(self, request: kata_py_agent_pb2.ListenSocketRequest) -> Empty:
+        """Make a socket in the guest that stands for one of the host."""
+        return await self._extension(services.LISTEN_SOCKET, request, self._timeout_s)
+
+    async def accept_connection(
+        self, request: kata_py_agent_pb2.AcceptConnectionRequest
+    ) -> kata_py_agent_pb2.AcceptConnectionResponse:
+        """Wait for the next program of the guest that connects to such a socket."""
+        return await self._extension(services.ACCEPT_CONNECTION, request, NO_TIMEOUT)
+
+    async def close_socket(self, request: kata_py_agent_pb2.CloseSocketRequest) -> Empty:
+        """Remove such a socket."""
+        return await self._extension(services.CLOSE_SOCKET, request, self._timeout_s)
+
     async def _agent(
         self, method: Method[Request, Response], request: Request, timeout_s: float | None
     ) -> Response:

@@ -129,10 +129,25 @@ UPDATE_MIRROR = Method("UpdateMirror", kata_py_agent_pb2.UpdateMirrorRequest, Em
 REMOVE_MIRROR = Method("RemoveMirror", kata_py_agent_pb2.RemoveMirrorRequest, Empty)
 NEXT_NAMES = Method("NextNames", kata_py_agent_pb2.NextNamesRequest, kata_py_agent_pb2.NextNamesResponse)
 ANSWER_NAME = Method("AnswerName", kata_py_agent_pb2.AnswerNameRequest, Empty)
+LISTEN_SOCKET = Method("ListenSocket", kata_py_agent_pb2.ListenSocketRequest, Empty)
+ACCEPT_CONNECTION = Method(
+    "AcceptConnection", kata_py_agent_pb2.AcceptConnectionRequest, kata_py_agent_pb2.AcceptConnectionResponse
+)
+CLOSE_SOCKET = Method("CloseSocket", kata_py_agent_pb2.CloseSocketRequest, Empty)
 
 EXTENSIONS = Service(
     "kata_py.agent.v1.Extensions",
-    (LIST_PROCESSES, SIGNAL_CONTAINER, UPDATE_MIRROR, REMOVE_MIRROR, NEXT_NAMES, ANSWER_NAME),
+    (
+        LIST_PROCESSES,
+        SIGNAL_CONTAINER,
+        UPDATE_MIRROR,
+        REMOVE_MIRROR,
+        LISTEN_SOCKET,
+        ACCEPT_CONNECTION,
+        CLOSE_SOCKET,
+        NEXT_NAMES,
+        ANSWER_NAME,
+    ),
 )
 
 EXTENSIONS_FEATURE = kata_py_agent_pb2.DESCRIPTOR.package

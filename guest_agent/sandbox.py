@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from agent_proto.gen import agent_pb2
     from guest_agent.crun import Crun
+    from guest_agent.host_sockets import HostSockets
     from guest_agent.log import Log
     from guest_agent.mirror import Mirrors
     from guest_agent.modules import Modules
@@ -74,6 +75,7 @@ class Sandbox:
         self._own_pid_namespace: PidNamespace | None = None
         self._mirrors: Mirrors | None = None
         self._names: NameServer | None = None
+        self._host_sockets: HostSockets | None = None
         self.oom_reports = OomReports()
 
     def container(self, container_id: str) -> Container:
@@ -108,6 +110,15 @@ class Sandbox:
 
             self._names = NameServer(self._log)
         return self._names
+
+    @property
+    def host_sockets(self) -> HostSockets:
+        """The sockets that stand for the host's."""
+        if self._host_sockets is None:
+            from guest_agent.host_sockets import HostSockets
+
+            self._host_sockets = HostSockets(f"{SANDBOX_DIR}/sockets", self._log)
+        return self._host_sockets
 
     def prepare(self) -> None:
         """What the first container needs done, if it is not done yet. Raises OSError."""

@@ -37,7 +37,7 @@ QUIET_S = 0.1
 #: Drivers that a sandbox may come to need, loaded when the host leaves us time.
 LATER_MODULES = ("virtio_net", "virtio_blk", "overlay")
 _WAITING_CALLS = frozenset(
-    {"GetOOMEvent", "NextNames", "ReadStderr", "ReadStdout", "WaitProcess", "WriteStdin"}
+    {"AcceptConnection", "GetOOMEvent", "NextNames", "ReadStderr", "ReadStdout", "WaitProcess", "WriteStdin"}
 )
 _CODES: dict[type[BaseException], Code] = {
     errors.InvalidRequest: Code.INVALID_ARGUMENT,

@@ -96,6 +96,9 @@ class AgentService:
             "RemoveMirror": self.remove_mirror,
             "NextNames": self.next_names,
             "AnswerName": self.answer_name,
+            "ListenSocket": self.listen_socket,
+            "AcceptConnection": self.accept_connection,
+            "CloseSocket": self.close_socket,
         }
 
     async def _finish(self, work: Coroutine[object, object, None]) -> Empty:
@@ -431,6 +434,20 @@ class AgentService:
 
     async def answer_name(self, request: kata_py_agent_pb2.AnswerNameRequest, call: Call) -> Empty:
         self._sandbox.names.answer(request.number, request.message)
+        return Empty()
+
+    async def listen_socket(self, request: kata_py_agent_pb2.ListenSocketRequest, call: Call) -> Empty:
+        self._sandbox.host_sockets.listen(request.name, request.mode, request.uid, request.gid)
+        return Empty()
+
+    async def accept_connection(
+        self, request: kata_py_agent_pb2.AcceptConnectionRequest, call: Call
+    ) -> kata_py_agent_pb2.AcceptConnectionResponse:
+        token = await self._sandbox.host_sockets.next_connection(request.name)
+        return kata_py_agent_pb2.AcceptConnectionResponse(token=token)
+
+    async def close_socket(self, request: kata_py_agent_pb2.CloseSocketRequest, call: Call) -> Empty:
+        self._sandbox.host_sockets.close(request.name)
         return Empty()
 
 

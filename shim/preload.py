@@ -53,6 +53,7 @@ LATE = (
     "shim.agent",
     "shim.api.gen.pod_pb2",
     "shim.confidential",
+    "shim.host_sockets",
     "shim.mirror",
 )
 

@@ -34,7 +34,7 @@ from shim.liveness import Liveness
 from shim.log import number_of
 from shim.pod import dns_of
 from shim.process import UNKNOWN_EXIT_STATUS, Exit
-from shim.share import GUEST_ROOT, TAG
+from shim.share import GUEST_PASSTHROUGH, GUEST_ROOT, TAG
 from shim.sizing import Sizing, demand_of
 from shim.vmspec import shares_by_9p, wants_agent_log
 from ttrpc import Code, ConnectionClosed, RpcError
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from shim.api.gen.types_pb2 import Mount as ProtoMount
     from shim.boot import Boot
     from shim.events import Publisher
+    from shim.host_sockets import HostSockets
     from shim.io import Stdio
     from shim.mirror import Mirrors
     from shim.share import SharedDir
@@ -109,6 +110,7 @@ class Sandbox:
         self._mirrors: Mirrors | None = None
         self._names_served = False
         self._sizing: Sizing | None = None
+        self._host_sockets: HostSockets | None = None
         self._up: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
@@ -273,6 +275,8 @@ class Sandbox:
             assert self._sizing is not None
             undo.callback(self._sizing.forget, request.container_id)
             await self._sizing.make_room(request.container_id, demand)
+            if self._boot.config.runtime.proxy_host_sockets:
+                await self._offer_sockets(spec, guest, machine, undo)
             message = agent_pb2.CreateContainerRequest(
                 container_id=request.container_id,
                 exec_id=request.container_id,
@@ -426,6 +430,26 @@ class Sandbox:
             assert self._mirrors is not None
             if copy := await self._mirrors.add(guest, self._share.on_host(mount.source), source, undo):
                 mount.source = copy
+
+    async def _offer_sockets(self, spec: OciSpec, guest: Guest, machine: Machine, undo: ExitStack) -> None:
+        """Let the container reach the host's sockets that it mounts, and those in the directories that it mounts."""
+        from shim.host_sockets import HostSockets, find
+
+        if self._host_sockets is None:
+            self._host_sockets = HostSockets(guest, machine.vsock, self._in_background)
+        mounts = list(spec.Mounts)
+        del spec.Mounts[:]
+        for mount in mounts:
+            spec.Mounts.append(mount)
+            if not mount.source.startswith(f"{GUEST_PASSTHROUGH}/"):
+                continue
+            for place, fd in find(self._share.on_host(mount.source)):
+                path = f"{mount.destination.rstrip('/')}/{place}".rstrip("/")
+                source = await self._host_sockets.offer(fd, f"{path} of the container", undo)
+                if place:
+                    spec.Mounts.add(destination=path, type="bind", source=source, options=["bind"])
+                else:
+                    spec.Mounts[-1].source = source
 
     async def _guest(self) -> tuple[Guest, Machine]:
         if self._up is None or self._stopping is not None:

@@ -182,6 +182,15 @@ class Runtime(Section, frozen=True):
             "it. Else it is ended.",
         ),
     ] = False
+    proxy_host_sockets: Annotated[
+        bool,
+        key(
+            "now",
+            "Let containers connect to Unix sockets of the host that they mount, or that are in a directory they mount "
+            "when they are created. Who listens there sees root of the host connect, and not a container: whoever may "
+            "mount such a socket may do whatever it offers. A key of kata-py's own.",
+        ),
+    ] = False
     use_passfd_io: Annotated[
         bool,
         key(

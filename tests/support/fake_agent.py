@@ -151,7 +151,8 @@ class FakeAgent:
     def _extension_handlers(self) -> Mapping[str, Handler]:
         return {
             "ListProcesses": self._list_processes, "SignalContainer": self._signal_container,
-            "UpdateMirror": self._nothing, "RemoveMirror": self._nothing,
+            "UpdateMirror": self._nothing, "RemoveMirror": self._nothing, "ListenSocket": self._nothing,
+            "CloseSocket": self._nothing, "AcceptConnection": self._never,
             "NextNames": self._next_names, "AnswerName": self._nothing,
         }  # fmt: skip
 
@@ -161,6 +162,10 @@ class FakeAgent:
         if request.wait:
             await asyncio.get_running_loop().create_future()  # nobody asks anything
         return kata_py_agent_pb2.NextNamesResponse()
+
+    async def _never(self, request: Any, call: Call) -> Empty:
+        await asyncio.Event().wait()
+        raise AssertionError
 
     async def _nothing(self, request: Any, call: Call) -> Empty:
         return Empty()

@@ -137,6 +137,12 @@ def test_containers_share_an_empty_dir(pod: Pod, tmp_path: Path, medium: str) ->
         one, two = (pod.run(f"{medium}-{number}", mounts=mounts) for number in (1, 2))
         pod.exec(one, "sh", "-c", "echo from one > /cache/file; mkfifo /cache/fifo; ls /cache")
         assert pod.exec(two, "cat", "/cache/file") == "from one\n"
+        pod.exec(one, "sh", "-c", "head -c 500000 /dev/urandom > /cache/data; sync")
+        # What a kubelet measures to see who uses too much.
+        measured = subprocess.run(
+            ["du", "-sk", tmp_path / "empty"], check=True, capture_output=True, text=True
+        )
+        assert pod.exec(two, "du", "-sk", "/cache").split()[0] == measured.stdout.split()[0]
         assert stat.S_ISFIFO((tmp_path / "empty" / "fifo").stat().st_mode)
         assert pod.exec(two, "stat", "-c", "%F", "/cache/fifo") == "fifo\n"
         if medium == "memory":
@@ -146,7 +152,7 @@ def test_containers_share_an_empty_dir(pod: Pod, tmp_path: Path, medium: str) ->
             pod.cri.stop(container)
             pod.cri.remove(container)
         large = ["large"] if medium == "memory" else []
-        assert sorted(os.listdir(tmp_path / "empty")) == ["fifo", "file", *large]
+        assert sorted(os.listdir(tmp_path / "empty")) == ["data", "fifo", "file", *large]
 
 
 def test_volumes_see_later_mounts_of_the_host_only_if_asked(pod: Pod, tmp_path: Path) -> None:
@@ -234,6 +240,9 @@ def test_programs_are_notified_of_changes(pod: Pod, tmp_path: Path) -> None:
     for count in counts:
         (host / "config" / f"of{count}").mkdir()
         write(count, "old")
+    # As for fsGroup.
+    os.chown(configs[1].folder, 0, GROUP)
+    configs[1].folder.chmod(0o2775)
     mounts = [volume(configs[count].folder, f"/host/config/of{count}", readonly=True) for count in counts]
     container = pod.run(
         "notified",
@@ -248,6 +257,7 @@ def test_programs_are_notified_of_changes(pod: Pod, tmp_path: Path) -> None:
             expected += f"of{count} {text}\n"
             eventually(lambda: pod.output("notified") == expected, f"{text!r} in {count} files: {expected}")  # noqa: B023
     assert "Read-only file system" in refused(pod, container, "touch /host/config/of1/new")
+    assert pod.exec(container, "stat", "-c", "%g %a", "/host/config/of1") == f"{GROUP} 2775\n"
 
 
 def test_sub_path_of_a_config_map_survives_changes_and_restarts(

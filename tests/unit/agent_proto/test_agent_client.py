@@ -90,6 +90,9 @@ CALLS: dict[str, tuple[str, float | None]] = {
     "RemoveMirror": ("remove_mirror", 7),
     "NextNames": ("next_names", None),
     "AnswerName": ("answer_name", 7),
+    "ListenSocket": ("listen_socket", 7),
+    "AcceptConnection": ("accept_connection", None),
+    "CloseSocket": ("close_socket", 7),
 }
 
 

@@ -36,6 +36,7 @@ OWN_KEYS = {
     "hypervisor.qemu.qmp_retry_pause_ms",
     "hypervisor.qemu.boot_timeout_s",
     "hypervisor.qemu.guest_dir",
+    "runtime.proxy_host_sockets",
     "agent.kata.server_addr",
     "agent.kata.mem_agent.enable",
     "agent.kata.mem_agent.create_container_timeout",

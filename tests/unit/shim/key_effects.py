@@ -31,6 +31,7 @@ from shim.agent import connected
 from shim.errors import ShimError
 from shim.interfaces import Interface, Snapshot
 from shim.io import Stdio
+from shim.share import GUEST_PASSTHROUGH
 from tests.support.fake_agent import FakeAgent
 from tests.unit.hypervisor.test_confidential import SNP, TDX, cpuid, host
 from ttrpc import RpcError
@@ -127,7 +128,11 @@ class Share:
         return "/rootfs"
 
     def add_volume(self, *_: object) -> tuple[str, tuple[str, ...]]:
-        return "/volume", ()
+        return f"{GUEST_PASSTHROUGH}/c", ()
+
+    def on_host(self, _: str) -> Path:
+        """The volume is a socket."""
+        return self.exported.with_name("agent.sock")
 
     def rootfs(self, _: str) -> Path:
         return self.exported

@@ -261,6 +261,7 @@ NOW: dict[str, Shown] = {
     RUNTIME + "emptydir_mode": Shown(
         '"block-plain"', "no container: emptyDir c: emptydir_mode asks for a disk"
     ),
+    RUNTIME + "proxy_host_sockets": Shown("true", "ListenSocket name:"),
     RUNTIME + "keep_abnormal": Shown("true", "is kept: True"),
     SHARED: Shown(shared(), "shared_mounts {"),
     SHARED + ".name": Shown(shared(name="mine"), 'name: "mine"', {SHARED: shared()}, set_by=SHARED),
