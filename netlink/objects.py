@@ -27,6 +27,8 @@ IFINFO = struct.Struct("=BxHiII")
 IFADDR = struct.Struct("=BBBBI")
 ROUTE = struct.Struct("=BBBBBBBBI")
 NEIGHBOUR = struct.Struct("=BxxxiHBB")
+# One of a route's several ways, rtnexthop of <linux/rtnetlink.h>: length, flags, weight, interface.
+_WAY = struct.Struct("=HBBi")
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_LINKINFO = 1, 3, 4, 5, 18
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
@@ -34,6 +36,7 @@ _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _IFLA_MACVLAN_MODE, _MACVLAN_MODE_PASSTHRU = 1, 8
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 4, 8
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_METRICS, _RTA_TABLE = 1, 4, 5, 6, 7, 8, 15
+_RTA_MULTIPATH = 9
 _RTAX_MTU = 2
 _NDA_DST, _NDA_LLADDR = 1, 2
 
@@ -65,22 +68,22 @@ class Link(NamedTuple):
 
 
 class Address(NamedTuple):
-    """One address of an interface."""
+    """One address of an interface. On a link between two points `peer` is the other one, else it is empty."""
 
     ifindex: int
     family: int
     address: str
     prefix: int
+    peer: str = ""
 
     @classmethod
     def decode(cls, body: bytes) -> Address:
         """From an RTM_NEWADDR or RTM_DELADDR."""
         family, prefix, _, _, ifindex = IFADDR.unpack_from(body)
         found = attributes(body[IFADDR.size :])
-        # On a link between two points IFA_ADDRESS is the other one.
-        return cls(
-            ifindex, family, _text_of(family, found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)), prefix
-        )
+        given = _text_of(family, found.get(_IFA_ADDRESS))
+        local = _text_of(family, found.get(_IFA_LOCAL)) or given
+        return cls(ifindex, family, local, prefix, given if given != local else "")
 
     def encode(self) -> bytes:
         """For RTM_NEWADDR and RTM_DELADDR. IPv6 addresses are used at once: that nobody else has them is known."""
@@ -95,7 +98,7 @@ class Address(NamedTuple):
 
 
 class Route(NamedTuple):
-    """One route of the main table. `ifindex` is its interface's, 0 when it has none or several."""
+    """One route of the main table. `ifindex` is its interface, 0 when it has none; of several ways it is the first."""
 
     family: int
     destination: str
@@ -116,11 +119,15 @@ class Route(NamedTuple):
         family, bits, _, _, table, protocol, scope, kind, flags = ROUTE.unpack_from(body)
         found = attributes(body[ROUTE.size :])
         destination = _text_of(family, found.get(_RTA_DST))
+        way, ifindex = found, number(found.get(_RTA_OIF))
+        if several := found.get(_RTA_MULTIPATH):
+            length, way_flags, _, ifindex = _WAY.unpack_from(several)
+            way, flags = attributes(several[_WAY.size : length]), flags | way_flags
         return cls(
             family,
             f"{destination}/{bits}" if destination else "",
-            _text_of(family, found.get(_RTA_GATEWAY)),
-            number(found.get(_RTA_OIF)),
+            _text_of(family, way.get(_RTA_GATEWAY)),
+            ifindex,
             _text_of(family, found.get(_RTA_PREFSRC)),
             scope,
             protocol,

@@ -6,17 +6,28 @@ packets come to the interface is the host's business.
 
 from __future__ import annotations
 
-from socket import AF_INET6
+from socket import AF_INET, AF_INET6
 from typing import TYPE_CHECKING, NamedTuple
 
-from netlink.objects import IFF_LOOPBACK, IFF_NOARP, IFF_UP, NUD_PERMANENT, RTPROT_KERNEL, RTPROT_RA
+from netlink.objects import (
+    IFF_LOOPBACK,
+    IFF_NOARP,
+    IFF_UP,
+    NUD_PERMANENT,
+    RT_SCOPE_LINK,
+    RT_SCOPE_UNIVERSE,
+    RTPROT_BOOT,
+    RTPROT_KERNEL,
+    RTPROT_RA,
+    Route,
+)
 from shim.errors import NetworkNotMirrored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from agent_proto.gen import agent_pb2, types_pb2
-    from netlink.objects import Address, Link, Neighbour, Route
+    from netlink.objects import Address, Link, Neighbour
     from netlink.rtnl import Rtnetlink
 
 #: What the names of our taps end with, as Kata's do.
@@ -93,7 +104,37 @@ def scan(rtnl: Rtnetlink) -> Snapshot:
         for neighbour in rtnl.neighbours()
         if neighbour.state & NUD_PERMANENT and neighbour.ifindex in there and neighbour.mac
     )
-    return Snapshot(interfaces, tuple(routes), tuple(neighbours))
+    return Snapshot(interfaces, (*_to_peers(interfaces), *_best(routes)), tuple(neighbours))
+
+
+def _to_peers(interfaces: Iterable[Interface]) -> Iterator[Route]:
+    """The kernel makes these for addresses with a peer, which the guest's addresses do not have."""
+    for interface in interfaces:
+        for address in interface.addresses:
+            if address.peer:
+                yield Route(
+                    family=address.family,
+                    destination=f"{address.peer}/{address.prefix}",
+                    gateway="",
+                    ifindex=address.ifindex,
+                    source="",
+                    scope=RT_SCOPE_LINK if address.family == AF_INET else RT_SCOPE_UNIVERSE,
+                    protocol=RTPROT_BOOT,
+                    flags=0,
+                    metric=0,
+                    mtu=0,
+                )
+
+
+def _best(routes: Iterable[Route]) -> Iterator[Route]:
+    """Of several routes to the same place the one with the lowest metric: the agent's messages have no metrics, and in
+    the guest the last one would be in the place of the others."""
+    best: dict[tuple[int, str], Route] = {}
+    for route in routes:
+        place = route.family, route.destination
+        if place not in best or route.metric < best[place].metric:
+            best[place] = route
+    return iter(best.values())
 
 
 def _refuse_without_mac(link: Link) -> None:

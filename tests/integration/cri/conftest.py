@@ -138,7 +138,8 @@ def containerd(adopted_orphans: None, bridge: str, pods_cgroup: str) -> Iterator
 
 
 def write_network(folder: Path, bridge: str, *, state: Path) -> None:
-    """The CNI configuration of the pods' network: an interface on the bridge, with an address of its own."""
+    """The CNI configuration of the pods' network: an interface on the bridge, with an address of its own, and ports of
+    the host that lead to it."""
     folder.mkdir()
     plugin = {
         "type": "bridge",
@@ -151,7 +152,8 @@ def write_network(folder: Path, bridge: str, *, state: Path) -> None:
             "routes": [{"dst": "0.0.0.0/0"}],
         },
     }
-    network = {"cniVersion": "0.4.0", "name": "pods", "plugins": [plugin]}
+    ports = {"type": "portmap", "capabilities": {"portMappings": True}}
+    network = {"cniVersion": "0.4.0", "name": "pods", "plugins": [plugin, ports]}
     (folder / "pods.conflist").write_text(json.dumps(network))
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
+from tests.integration.cri.gen import cri_pb2 as pb
 from tests.integration.cri.kubelet import eventually
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tests.integration.cri.kubelet import Kubelet, Pod
 
 GATEWAY = "10.213.0.1"
+HOST_PORT = 18080
 
 
 def address(cri: Cri, pod: Pod) -> str:
@@ -22,7 +24,8 @@ def address(cri: Cri, pod: Pod) -> str:
 
 def test_pods_reach_each_other_and_the_host(cri: Cri, kubelet: Kubelet) -> None:
     serve = "mkdir /www; echo of the other pod > /www/page; exec httpd -f -p 8080 -h /www"
-    with kubelet.pod("server") as server, kubelet.pod("client") as client:
+    mapping = pb.PortMapping(container_port=8080, host_port=HOST_PORT)
+    with kubelet.pod("server", port_mappings=[mapping]) as server, kubelet.pod("client") as client:
         server.run("web", ("sh", "-c", serve))
         asking = client.run("asking")
         here, there = address(cri, client), address(cri, server)
@@ -34,6 +37,9 @@ def test_pods_reach_each_other_and_the_host(cri: Cri, kubelet: Kubelet) -> None:
             "the other pod's page",
         )
         with socket.create_connection((there, 8080), timeout=60) as connection:
+            connection.sendall(b"GET /page HTTP/1.0\r\n\r\n")
+            assert connection.makefile("rb").read().endswith(b"of the other pod\n")
+        with socket.create_connection((GATEWAY, HOST_PORT), timeout=60) as connection:  # hostPort
             connection.sendall(b"GET /page HTTP/1.0\r\n\r\n")
             assert connection.makefile("rb").read().endswith(b"of the other pod\n")
         with socket.create_server((GATEWAY, 0)) as listener:

@@ -89,3 +89,60 @@ def test_an_interface_without_a_mac_address_is_named() -> None:
             setup("tuntap add wg0 mode tun", "link set wg0 up")
 
     in_network_namespace(work)
+
+
+TWO = (
+    "link add eth0 address 0a:58:0a:d5:00:02 type veth peer name far0",
+    "link add eth1 address 0a:58:0a:d5:00:03 type veth peer name far1",
+    "link set eth0 up",
+    "link set eth1 up",
+    "address add 10.1.0.2/24 dev eth0",
+    "address add 10.2.0.2/24 dev eth1",
+)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_several_routes_the_best(first: int) -> None:
+    """In the guest, where they have no metrics, each would take the place of the one before."""
+    routes = ["route add default via 10.1.0.1 metric 100", "route add default via 10.2.0.1 metric 50"]
+
+    def work() -> None:
+        snapshot = setup(*TWO, routes[first], routes[1 - first], "route add 10.9.0.0/16 via 10.1.0.9")
+        assert sorted((r.dest, r.gateway, r.device) for r in routes_to_proto(snapshot).Routes) == [
+            ("", "10.2.0.1", "eth1"),
+            ("10.9.0.0/16", "10.1.0.9", "eth0"),
+        ]
+
+    in_network_namespace(work)
+
+
+def test_of_a_route_with_several_ways_the_first() -> None:
+    def work() -> None:
+        snapshot = setup(*TWO, "route add default nexthop via 10.2.0.7 nexthop via 10.1.0.7 weight 2")
+        assert [(r.dest, r.gateway, r.device) for r in routes_to_proto(snapshot).Routes] == [
+            ("", "10.2.0.7", "eth1")
+        ]
+
+    in_network_namespace(work)
+
+
+def test_an_address_with_a_peer() -> None:
+    """The guest gets the address without its peer, so it needs the route that the kernel made for that."""
+
+    def work() -> None:
+        snapshot = setup(
+            *TWO[:4:2],
+            "address add 10.5.0.2 peer 10.5.9.1/32 dev eth0",
+            "address add fd05::2 peer fd05::9/128 dev eth0 nodad",
+            "route add default via 10.5.9.1",
+        )
+        (eth0,) = snapshot.interfaces
+        found = {(a.address, a.mask) for a in interface_to_proto(eth0).IPAddresses}
+        assert found >= {("10.5.0.2", "32"), ("fd05::2", "128")}
+        assert [(r.dest, r.gateway, r.scope) for r in routes_to_proto(snapshot).Routes] == [
+            ("10.5.9.1/32", "", 253),
+            ("fd05::9/128", "", 0),
+            ("", "10.5.9.1", 0),
+        ]
+
+    in_network_namespace(work)
