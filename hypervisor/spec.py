@@ -86,6 +86,16 @@ class Nic:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VhostUserDisk:
+    """A disk that is plugged into a running machine, and that another program of the host serves."""
+
+    id: str
+    """QEMU's name of the disk."""
+    socket: Path
+    """Where that program listens, for vhost-user-blk."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class NumaNode:
     """Memory and processors of the guest that are near each other."""
 
@@ -225,6 +235,8 @@ class VmSpec:
     extensions: tuple[Extension, ...] = ()
     disk_places: bool = False
     """Room for virtio disks that are plugged in later."""
+    vhost_user_reconnect_s: int = 0
+    """Pause before QEMU connects again to a program that serves a disk and has gone away; 0 is never."""
     scsi: bool = False
     """A SCSI controller, which disks that are plugged in later belong to."""
     spare_iothreads: int = 0

@@ -45,6 +45,7 @@ LATE = (
     "hypervisor.qemu.resize",
     "hypervisor.rootless",
     "hypervisor.qemu.vfio",
+    "hypervisor.qemu.vhost_user_disk",
     "hypervisor.verity",
     "hypervisor.vfio",
     "hypervisor.vsock.user",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from hypervisor.qemu.qmp import Monitor
-    from hypervisor.spec import Disk, VmSpec
+    from hypervisor.spec import Disk, VhostUserDisk, VmSpec
 
 log = structlog.get_logger(__name__)
 
@@ -59,10 +59,12 @@ class _Spot(NamedTuple):
 
 
 class _Plugged(NamedTuple):
-    """A disk that is there: its spot's number and its set of descriptors."""
+    """A disk that is there: its number among those of its kind, and its set of descriptors, unless another program
+    serves it."""
 
     number: int
-    fdset: int
+    taken: set[int]
+    fdset: int | None
 
 
 class Disks:
@@ -71,9 +73,11 @@ class Disks:
     def __init__(self, spec: VmSpec) -> None:
         self._spec = spec
         self._arch = arch_named(spec.arch)
-        self._places: list[Place] = places(self._arch) if spec.disk_places and not spec.scsi else []
+        self._places: list[Place] = places(self._arch) if spec.disk_places else []
         self._plugged: dict[str, _Plugged] = {}
         self._taken: set[int] = set()
+        # With a SCSI controller only disks that other programs serve take places.
+        self._taken_places: set[int] = set() if spec.scsi else self._taken
 
     async def plug(self, monitor: Monitor, disk: Disk, fd: int) -> DiskAddress:
         """Give the guest one more disk, with what `fd` is open on; `fd` stays the caller's.
@@ -88,14 +92,34 @@ class Disks:
         except BaseException:
             self._taken.discard(number)
             raise
-        self._plugged[disk.id] = _Plugged(number, fdset)
-        address = spot.address
-        if not address:
-            path = commands.pci_path(await commands.query_pci(monitor), disk.id)
-            if path is None:
-                raise HotplugRefused(f"disk {disk.id} is not on the bus that it was plugged into")
-            address = path
-        return DiskAddress(spot.kind, address)
+        self._plugged[disk.id] = _Plugged(number, self._taken, fdset)
+        return DiskAddress(spot.kind, spot.address or await _pci_address(monitor, disk.id))
+
+    async def plug_vhost_user(self, monitor: Monitor, disk: VhostUserDisk) -> DiskAddress:
+        """Give the guest a disk that another program serves. Raises HotplugRefused, QmpError."""
+        from hypervisor.qemu import vhost_user_disk
+
+        number = self._free_place(disk)
+        place = self._places[number]
+        properties: dict[str, object] = {
+            "bus": place.bus,
+            "addr": f"{place.slot:02x}",
+            "disable-legacy": "on",
+            # As many as it has processors, if it is not told; few programs serve as many.
+            "num-queues": self._spec.disk_queues or 1,
+        }
+        if self._spec.disk_queue_size is not None:
+            properties["queue-size"] = self._spec.disk_queue_size
+        self._taken_places.add(number)
+        try:
+            await vhost_user_disk.add(
+                monitor, disk, properties, reconnect_s=self._spec.vhost_user_reconnect_s
+            )
+        except BaseException:
+            self._taken_places.discard(number)
+            raise
+        self._plugged[disk.id] = _Plugged(number, self._taken_places, None)
+        return DiskAddress("blk", await _pci_address(monitor, disk.id))
 
     async def unplug(self, monitor: Monitor, disk_id: str) -> None:
         """Take a disk away; nothing happens when it is not there. Raises HotplugRefused, QmpError.
@@ -105,10 +129,22 @@ class Disks:
         plugged = self._plugged.get(disk_id)
         if plugged is None:
             return
-        await commands.unplug(monitor, disk_id)
-        await _release(monitor, disk_id, plugged.fdset)
+        if plugged.fdset is None:
+            from hypervisor.qemu import vhost_user_disk
+
+            await vhost_user_disk.remove(monitor, disk_id)
+        else:
+            await commands.unplug(monitor, disk_id)
+            await _release(monitor, disk_id, plugged.fdset)
         self._plugged.pop(disk_id, None)
-        self._taken.discard(plugged.number)
+        plugged.taken.discard(plugged.number)
+
+    def _free_place(self, disk: VhostUserDisk) -> int:
+        for number in range(len(self._places)):
+            if number not in self._taken_places:
+                return number
+        why = "all places for disks are taken" if self._places else "the machine was made without places"
+        raise HotplugRefused(f"cannot plug in disk {disk.id}: {why}; it needs one on a PCI bus")
 
     def _free_number(self, disk: Disk) -> int:
         if self._spec.scsi:
@@ -213,6 +249,13 @@ def _driver_for(fd: int, disk: Disk) -> str:
     raise HotplugRefused(
         f"cannot plug in disk {disk.id}: what is to be on it is neither a block device nor a regular file"
     )
+
+
+async def _pci_address(monitor: Monitor, disk_id: str) -> str:
+    path = commands.pci_path(await commands.query_pci(monitor), disk_id)
+    if path is None:
+        raise HotplugRefused(f"disk {disk_id} is not on the bus that it was plugged into")
+    return path
 
 
 async def _release(monitor: Monitor, node: str, fdset: int) -> None:

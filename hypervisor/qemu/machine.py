@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from hypervisor.qemu.nic import Interfaces, NicFds
     from hypervisor.qemu.resize import Resizing
     from hypervisor.qemu.vfio import HostDevices
-    from hypervisor.spec import Disk, Nic, VmSpec
+    from hypervisor.spec import Disk, Nic, VhostUserDisk, VmSpec
     from hypervisor.vfio import HostDevice
     from hypervisor.vsock.base import OnConnection, Vsock
 
@@ -177,6 +177,10 @@ class Machine:
     async def plug_disk(self, disk: Disk, fd: int) -> DiskAddress:
         """Give the guest one more disk, with what `fd` is open on. Raises HotplugRefused, QmpError."""
         return await self._hot_disks.plug(self.monitor, disk, fd)
+
+    async def plug_vhost_user_disk(self, disk: VhostUserDisk) -> DiskAddress:
+        """Give the guest a disk that another program of the host serves. Raises HotplugRefused, QmpError."""
+        return await self._hot_disks.plug_vhost_user(self.monitor, disk)
 
     async def unplug_disk(self, disk_id: str) -> None:
         """Take a disk away; one that is not there is fine. Raises HotplugRefused, QmpError."""
