@@ -6,7 +6,7 @@
 Run by the distribution's interpreter and therefore limited to the standard library. What is installed:
 
     PREFIX/lib/kata-py            our packages with their dependencies, private: no other program imports
-    from here PREFIX/bin                    the shim under both its names, and the command line tool
+    from here PREFIX/bin                    the shim under both its names, the command line tool, and runk
     /usr/share/kata-py            the guest, where the built-in configuration looks for it
     /usr/share/defaults/kata-py   the configuration as it was delivered /etc/kata-py                  the
     configuration to edit; an edited one is never replaced or removed
@@ -213,7 +213,8 @@ def install(places: Places, *, guest: Path, add_dependencies: Callable[[Path], N
     kept = installation.configuration()
     installation.finish()
     lines = [
-        f"installed {places.bin / launcher.SHIM_NAMES[0]}, {places.bin / launcher.TOOL_NAME} and their guest"
+        f"installed {places.bin / launcher.SHIM_NAMES[0]} and {places.bin / launcher.TOOL_NAME} with their guest",
+        f"installed {places.bin / launcher.RUNTIME_NAME}",
     ]
     return [*lines, kept] if kept else lines
 

@@ -1,9 +1,9 @@
-"""Writes the programs that start kata-py: the shim that containerd calls, and the command line tool.
+"""Writes the programs that start kata-py: the shim that containerd calls, the command line tool, and `runk`.
 
 containerd runs the shim two or three times for each container, so its start is paid for often. The launcher
 is a script whose interpreter runs isolated (`-I`: no PYTHON* variables, never imports from the working
 folder, which containerd sets to the bundle) and without `site` (`-S`: no `.pth` files, no look at user
-folders); the few folders it does need are written into it. The command line tool uses the same form.
+folders); the few folders it does need are written into it. The others use the same form.
 
 Shebang lines have no quoting: an interpreter path with white space cannot be expressed, and the kernel reads
 only the first 256 bytes. Both are refused here, where the user can act, instead of failing inside
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SHIM_NAMES = ("containerd-shim-kata-py-v2", "containerd-shim-kata-py")
 TOOL_NAME = "kata-py"
+RUNTIME_NAME = "runk"
 # BINPRM_BUF_SIZE in linux/binfmts.h, since 5.1: the whole first line with its newline has to fit.
 SHEBANG_LIMIT = 256
 
@@ -43,6 +44,16 @@ import sys
 
 sys.path += {folders!r}
 from cli.main import main
+
+main()
+"""
+
+RUNTIME_SOURCE = """\
+#!{python} -IS
+import sys
+
+sys.path += {folders!r}
+from runk.cli import main
 
 main()
 """
@@ -84,7 +95,7 @@ def write(path: Path, text: str) -> None:
 
 
 def write_all(folder: Path, *, python: Path, folders: Sequence[Path]) -> list[Path]:
-    """Writes the shim under both its names, and the tool, into `folder`; returns what is there now."""
+    """Writes the shim under both its names, the tool and the runtime into `folder`; returns what is there now."""
     shim, alias = (folder / name for name in SHIM_NAMES)
     write(shim, render(SHIM_SOURCE, python=python, folders=folders))
     if not (alias.is_symlink() and os.readlink(alias) == shim.name):
@@ -92,7 +103,9 @@ def write_all(folder: Path, *, python: Path, folders: Sequence[Path]) -> list[Pa
         alias.symlink_to(shim.name)
     tool = folder / TOOL_NAME
     write(tool, render(TOOL_SOURCE, python=python, folders=folders))
-    return [shim, alias, tool]
+    runtime = folder / RUNTIME_NAME
+    write(runtime, render(RUNTIME_SOURCE, python=python, folders=folders))
+    return [shim, alias, tool, runtime]
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "netlink",
+    "oci_engine",
     "ttrpc",
     "config",
     "agent_proto",
@@ -35,6 +36,7 @@ PACKAGES = (
     "guest_agent",
     "guest_image",
     "cli",
+    "runk",
 )
 
 

@@ -9,6 +9,8 @@ packages() {
     echo qemu-system-x86 containerd
     # The interpreter of shim, command line tool and guest, with what a virtual environment needs.
     echo python3 python3-venv ca-certificates
+    # runk makes filters of system calls with the first, and lists processes with the second.
+    echo libseccomp2 procps
     # What is in the image that demo and tests run.
     echo busybox-static
     # The pods of the tests have networks of their own.

@@ -28,7 +28,7 @@ def packages(tmp_path: Path) -> Path:
 
 
 def test_imports_only_from_its_own_folders(tmp_path: Path, packages: Path) -> None:
-    shim, alias, _ = launcher.write_all(tmp_path / "bin", python=PYTHON, folders=[packages])
+    shim, alias, *_ = launcher.write_all(tmp_path / "bin", python=PYTHON, folders=[packages])
     decoy = tmp_path / "bundle"
     (decoy / "shim").mkdir(parents=True)
     (decoy / "shim" / "cli.py").write_text("def main(): print('the bundle was imported')\n")
@@ -45,19 +45,21 @@ def test_imports_only_from_its_own_folders(tmp_path: Path, packages: Path) -> No
 
 
 def test_rewriting_changes_nothing_and_moving_does(tmp_path: Path) -> None:
-    shim, alias, tool = launcher.write_all(tmp_path, python=PYTHON, folders=[Path("/a")])
-    before = [path.lstat().st_ino for path in (shim, alias, tool)]
+    shim, alias, tool, runtime = launcher.write_all(tmp_path, python=PYTHON, folders=[Path("/a")])
+    before = [path.lstat().st_ino for path in (shim, alias, tool, runtime)]
     launcher.write_all(tmp_path, python=PYTHON, folders=[Path("/a")])
-    assert [path.lstat().st_ino for path in (shim, alias, tool)] == before
+    assert [path.lstat().st_ino for path in (shim, alias, tool, runtime)] == before
     launcher.write_all(tmp_path, python=PYTHON, folders=[Path("/b")])
     assert "['/b']" in shim.read_text()
     assert shim.stat().st_ino != before[0]
-    assert sorted(os.listdir(tmp_path)) == sorted([*launcher.SHIM_NAMES, launcher.TOOL_NAME])
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        [*launcher.SHIM_NAMES, launcher.TOOL_NAME, launcher.RUNTIME_NAME]
+    )
 
 
 def test_alias_is_repaired(tmp_path: Path) -> None:
     (tmp_path / launcher.SHIM_NAMES[1]).write_text("an old copy")
-    _, alias, _ = launcher.write_all(tmp_path, python=PYTHON, folders=[])
+    _, alias, *_ = launcher.write_all(tmp_path, python=PYTHON, folders=[])
     assert os.readlink(alias) == launcher.SHIM_NAMES[0]
 
 

@@ -1,0 +1,81 @@
+"""Runs the programs that a specification wants run at points of a container's life."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+from typing import TYPE_CHECKING
+
+from oci_engine.errors import HookFailed
+
+if TYPE_CHECKING:
+    from oci_engine.spec import Hook
+
+#: Characters of a hook's output that its failure tells.
+_OUTPUT = 1000
+
+
+def state_text(
+    *, version: str, container_id: str, status: str, pid: int, bundle: str, annotations: dict[str, str]
+) -> str:
+    """The state that hooks read from their standard input."""
+    state: dict[str, object] = {"ociVersion": version, "id": container_id, "status": status, "bundle": bundle}
+    if pid:
+        state["pid"] = pid
+    if annotations:
+        state["annotations"] = annotations
+    return json.dumps(state)
+
+
+def seen_from_inside(state: str, status: str) -> str:
+    """The state for hooks that the container's own process runs: its pid is what it is in its namespace."""
+    return json.dumps({**json.loads(state), "status": status, "pid": os.getpid()})
+
+
+def run(hook: Hook, state: str, kind: str) -> None:
+    """Raises HookFailed when it cannot be run, ends with another status than 0, or takes too long."""
+    given, said = os.memfd_create("state"), os.memfd_create("output")
+    try:
+        os.write(given, state.encode())
+        os.lseek(given, 0, os.SEEK_SET)
+        try:
+            pid = os.posix_spawn(
+                hook.path,
+                hook.args or (hook.path,),
+                # No variables at all where the specification gives none: it says so.
+                dict(entry.partition("=")[::2] for entry in hook.env),
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, given, 0), (os.POSIX_SPAWN_DUP2, said, 1),
+                    (os.POSIX_SPAWN_DUP2, said, 2),
+                ],
+                setsigmask=(),
+                setsigdef=(signal.SIGPIPE,),
+            )  # fmt: skip
+        except OSError as err:
+            raise HookFailed(f"{kind} hook {hook.path}: {err.strerror}") from None
+        status = _wait(pid, hook, kind)
+        if status != 0:
+            output = os.pread(said, _OUTPUT, 0).decode(errors="replace").strip()
+            ended = f"ended with status {status}" if status > 0 else f"was killed by signal {-status}"
+            raise HookFailed(f"{kind} hook {hook.path} {ended}{': ' + output if output else ''}")
+    finally:
+        os.close(given)
+        os.close(said)
+
+
+def _wait(pid: int, hook: Hook, kind: str) -> int:
+    if hook.timeout_s is not None:
+        pidfd = os.pidfd_open(pid)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        in_time = poll.poll(hook.timeout_s * 1000)
+        os.close(pidfd)
+        if not in_time:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise HookFailed(
+                f"{kind} hook {hook.path} took longer than its {hook.timeout_s} s and was killed"
+            )
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

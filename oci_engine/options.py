@@ -1,0 +1,31 @@
+"""How a container or one more process is to be made, beside what its specification says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streams:
+    """`stdio` are the open files that become 0, 1 and 2; `preserve_fds` how many after 2 stay open too.
+
+    `console_socket` is a path; the terminal's master end is sent there.
+    """
+
+    stdio: tuple[int, int, int] = (0, 1, 2)
+    preserve_fds: int = 0
+    console_socket: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreateOptions:
+    streams: Streams = Streams()
+    pid_file: str = ""
+    no_pivot: bool = False
+    no_new_keyring: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecOptions:
+    streams: Streams = Streams()
+    pid_file: str = ""

@@ -1,0 +1,227 @@
+"""System call filters: from the specification to the program that the kernel runs.
+
+The program is made by libseccomp, before the fork; afterwards it is bytes. Names of system calls that this library
+does not know cannot be called by that name here either, and are left out, as other runtimes do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from oci_engine.errors import SetupFailed, SpecError, Unsupported
+from oci_engine.reader import UINT64_MAX
+
+if TYPE_CHECKING:
+    from oci_engine.reader import Reader
+
+# seccomp.h of libseccomp
+ACTIONS = {
+    "SCMP_ACT_KILL": 0x00000000, "SCMP_ACT_KILL_THREAD": 0x00000000, "SCMP_ACT_KILL_PROCESS": 0x80000000,
+    "SCMP_ACT_TRAP": 0x00030000, "SCMP_ACT_ERRNO": 0x00050000, "SCMP_ACT_TRACE": 0x7FF00000,
+    "SCMP_ACT_LOG": 0x7FFC0000, "SCMP_ACT_ALLOW": 0x7FFF0000,
+}  # fmt: skip
+_WITH_NUMBER = ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE")
+OPERATORS = {
+    "SCMP_CMP_NE": 1, "SCMP_CMP_LT": 2, "SCMP_CMP_LE": 3, "SCMP_CMP_EQ": 4, "SCMP_CMP_GE": 5, "SCMP_CMP_GT": 6,
+    "SCMP_CMP_MASKED_EQ": 7,
+}  # fmt: skip
+#: Flags of seccomp(2). TSYNC makes no difference: the process has one thread when it takes the filter.
+FLAGS = {"SECCOMP_FILTER_FLAG_TSYNC": 1, "SECCOMP_FILTER_FLAG_LOG": 2, "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4}
+ARCHITECTURES = {
+    f"SCMP_ARCH_{name}": name.lower()
+    for name in (
+        "X86", "X86_64", "X32", "ARM", "AARCH64", "MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64",
+        "MIPSEL64N32", "PPC", "PPC64", "PPC64LE", "S390", "S390X", "PARISC", "PARISC64", "RISCV64", "LOONGARCH64",
+        "M68K", "SH", "SHEB",
+    )
+}  # fmt: skip
+_ATTRIBUTE_NNP, _ATTRIBUTE_OPTIMIZE = 3, 8
+_BINARY_TREE = 2
+_UNKNOWN_SYSCALL = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    index: int
+    value: int
+    value_two: int
+    operator: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    names: tuple[str, ...]
+    action: int
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seccomp:
+    """Actions are the kernel's words, with the error number in them."""
+
+    default_action: int
+    architectures: tuple[str, ...]
+    flags: int
+    rules: tuple[Rule, ...]
+
+
+def read_seccomp(reader: Reader) -> Seccomp:
+    reader.refuse(("listenerPath", "listenerMetadata"), "notification of another process is not supported")
+    flags = 0
+    for index, name in enumerate(reader.texts("flags")):
+        if name not in FLAGS:
+            raise Unsupported(f"{reader.at('flags')}[{index}]", f"{name!r} is not supported")
+        flags |= FLAGS[name]
+    architectures = reader.texts("architectures")
+    for index, name in enumerate(architectures):
+        if name not in ARCHITECTURES:
+            raise SpecError(f"{reader.at('architectures')}[{index}]", f"{name!r} is not an architecture")
+    return Seccomp(
+        default_action=_read_action(reader, "defaultAction", "defaultErrnoRet"),
+        architectures=tuple(ARCHITECTURES[name] for name in architectures),
+        flags=flags,
+        rules=reader.objects("syscalls", _read_rule),
+    )
+
+
+def _read_action(reader: Reader, name: str, number: str) -> int:
+    action = reader.text(name)
+    if action == "SCMP_ACT_NOTIFY":
+        raise Unsupported(reader.at(name), "notification of another process is not supported")
+    reader.choice(name, ACTIONS)
+    value = reader.maybe_integer(number, 0, 0xFFFF)
+    if action in _WITH_NUMBER:
+        return ACTIONS[action] | (errno.EPERM if value is None else value)
+    if value:
+        raise SpecError(reader.at(number), f"{action} has no error number")
+    return ACTIONS[action]
+
+
+def _read_rule(reader: Reader) -> Rule:
+    names = reader.texts("names")
+    if not names:
+        raise SpecError(reader.at("names"), "is empty")
+    return Rule(
+        names=names,
+        action=_read_action(reader, "action", "errnoRet"),
+        arguments=reader.objects("args", _read_argument),
+    )
+
+
+def _read_argument(reader: Reader) -> Argument:
+    return Argument(
+        index=reader.integer("index", 0, 5),
+        value=reader.integer("value", 0, UINT64_MAX),
+        value_two=reader.integer("valueTwo", 0, UINT64_MAX, 0),
+        operator=OPERATORS[reader.choice("op", OPERATORS)],
+    )
+
+
+def compile_filter(seccomp: Seccomp) -> bytes:
+    """The program, as an array of struct sock_filter. Raises SetupFailed when the library is missing or refuses."""
+    library = _Library()
+    context = library.new(seccomp.default_action)
+    try:
+        for name in seccomp.architectures:
+            library.add_architecture(context, name)
+        for rule in seccomp.rules:
+            if rule.action != seccomp.default_action:
+                _add_rule(library, context, rule)
+        return library.export(context)
+    finally:
+        library.release(context)
+
+
+def _add_rule(library: _Library, context: Any, rule: Rule) -> None:
+    indexes = [argument.index for argument in rule.arguments]
+    # All conditions together are one rule; several on the same argument are alternatives, each a rule of its own.
+    alternatives = (
+        [rule.arguments] if len(set(indexes)) == len(indexes) else [(each,) for each in rule.arguments]
+    )
+    for name in rule.names:
+        number = library.number_of(name)
+        if number == _UNKNOWN_SYSCALL:
+            continue
+        for arguments in alternatives:
+            library.add_rule(context, rule.action, number, arguments, name)
+
+
+class _Library:
+    """libseccomp, as far as it is needed here."""
+
+    def __init__(self) -> None:
+        # Only containers with a filter pay for ctypes; its types are worth their time here.
+        import ctypes
+
+        try:
+            self._library = library = ctypes.CDLL("libseccomp.so.2", use_errno=True)
+        except OSError as err:
+            raise SetupFailed(f"linux.seccomp: {err}; install libseccomp2") from None
+        self._ctypes = ctypes
+        library.seccomp_init.restype = ctypes.c_void_p
+        library.seccomp_init.argtypes = [ctypes.c_uint32]
+        library.seccomp_release.argtypes = [ctypes.c_void_p]
+        library.seccomp_release.restype = None
+        library.seccomp_arch_resolve_name.argtypes = [ctypes.c_char_p]
+        library.seccomp_arch_resolve_name.restype = ctypes.c_uint32
+        library.seccomp_arch_add.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
+        library.seccomp_attr_set.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32]
+        library.seccomp_syscall_resolve_name.argtypes = [ctypes.c_char_p]
+        library.seccomp_export_bpf.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        library.seccomp_rule_add_array.argtypes = [
+            ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p,
+        ]  # fmt: skip
+
+        class Comparison(ctypes.Structure):
+            _fields_ = (
+                ("index", ctypes.c_uint), ("operator", ctypes.c_int),
+                ("value", ctypes.c_uint64), ("value_two", ctypes.c_uint64),
+            )  # fmt: skip
+
+        self._comparison = Comparison
+
+    def new(self, default_action: int) -> Any:
+        context = self._library.seccomp_init(default_action)
+        if not context:
+            raise SetupFailed(f"linux.seccomp: libseccomp refuses the default action {default_action:#x}")
+        # The engine itself decides on no_new_privs. A binary tree costs the container less at every call.
+        self._library.seccomp_attr_set(context, _ATTRIBUTE_NNP, 0)
+        self._library.seccomp_attr_set(context, _ATTRIBUTE_OPTIMIZE, _BINARY_TREE)
+        return context
+
+    def add_architecture(self, context: Any, name: str) -> None:
+        token = self._library.seccomp_arch_resolve_name(name.encode())
+        if token == 0:
+            raise SetupFailed(f"linux.seccomp: this libseccomp does not know the architecture {name}")
+        result = self._library.seccomp_arch_add(context, token)
+        if result not in (0, -errno.EEXIST):
+            raise SetupFailed(f"linux.seccomp: architecture {name}: {os.strerror(-result)}")
+
+    def number_of(self, name: str) -> int:
+        return int(self._library.seccomp_syscall_resolve_name(name.encode()))
+
+    def add_rule(
+        self, context: Any, action: int, number: int, arguments: tuple[Argument, ...], name: str
+    ) -> None:
+        array = (self._comparison * len(arguments))(
+            *(self._comparison(each.index, each.operator, each.value, each.value_two) for each in arguments)
+        )
+        result = self._library.seccomp_rule_add_array(context, action, number, len(arguments), array)
+        if result != 0:
+            raise SetupFailed(f"linux.seccomp: rule for {name}: {os.strerror(-result)}")
+
+    def export(self, context: Any) -> bytes:
+        fd = os.memfd_create("seccomp")
+        try:
+            result = self._library.seccomp_export_bpf(context, fd)
+            if result != 0:
+                raise SetupFailed(f"linux.seccomp: no program could be made: {os.strerror(-result)}")
+            return os.pread(fd, os.fstat(fd).st_size, 0)
+        finally:
+            os.close(fd)
+
+    def release(self, context: Any) -> None:
+        self._library.seccomp_release(context)

@@ -1,0 +1,150 @@
+"""Starts the process of a plan: the caller's side of the fork."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from oci_engine import channel, child
+from oci_engine.errors import SetupFailed
+from oci_engine.steps import reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from oci_engine.linux_spec import IdMapping
+    from oci_engine.plan import Plan
+
+
+class Spawned:
+    """The new process, which waits until `go_on` at each of its stops."""
+
+    def __init__(self, pid: int, fd: int) -> None:
+        self.pid = pid
+        self._channel = fd
+
+    def go_on(self) -> None:
+        channel.send(self._channel, event="go")
+
+    def wait_for(self, event: str) -> None:
+        """Raises what it failed with; SetupFailed when it ended without a word."""
+        try:
+            message = channel.receive(self._channel)
+        except channel.Closed:
+            raise SetupFailed("the container's process ended while it was being set up") from None
+        if message["event"] != event:
+            raise SetupFailed(f"the container's process said {message['event']!r} instead of {event!r}")
+
+    def wait_for_exec(self) -> None:
+        """Returns when the program runs. Raises what kept it from that."""
+        with suppress(channel.Closed):
+            channel.receive(self._channel)
+
+    def kill(self) -> None:
+        """End it, and reap it: it is a child of this process."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+    def close(self) -> None:
+        """Say no more to it."""
+        os.close(self._channel)
+
+
+def spawn(
+    make_plan: Callable[[int], Plan],
+    *,
+    placed: Callable[[int], None],
+    uid_mappings: tuple[IdMapping, ...] = (),
+    gid_mappings: tuple[IdMapping, ...] = (),
+    oom_score_adj: int | None = None,
+) -> Spawned:
+    """Fork. `make_plan` gets the child's end of the channel; `placed` puts a process into its cgroup.
+
+    The process is a child of the caller's, stopped with its namespaces made and nothing else done.
+    """
+    ours, theirs = channel.pair()
+    try:
+        plan = make_plan(theirs)
+        first = _fork(plan)
+    except BaseException:
+        os.close(ours)
+        raise
+    finally:
+        os.close(theirs)
+    try:
+        pid = _guide(first, ours, plan, placed, uid_mappings, gid_mappings, oom_score_adj)
+    except BaseException:
+        os.close(ours)  # which ends it, wherever it waits
+        with suppress(ProcessLookupError):
+            os.kill(first, signal.SIGKILL)
+        raise
+    finally:
+        with suppress(ChildProcessError):
+            os.waitpid(first, 0)
+    return Spawned(pid, ours)
+
+
+def _fork(plan: Plan) -> int:
+    """With all signals blocked: none may be answered in the child by the caller's handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            child.run(plan)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pid
+
+
+def _guide(
+    first: int,
+    fd: int,
+    plan: Plan,
+    placed: Callable[[int], None],
+    uid_mappings: tuple[IdMapping, ...],
+    gid_mappings: tuple[IdMapping, ...],
+    oom_score_adj: int | None,
+) -> int:
+    try:
+        placed(first)
+        if oom_score_adj is not None:
+            _write(first, "oom_score_adj", str(oom_score_adj), "process.oomScoreAdj")
+        channel.send(fd, event="go")
+        if uid_mappings or gid_mappings:
+            _expect(fd, "user")
+            _write(first, "uid_map", _map_text(uid_mappings), "linux.uidMappings")
+            _write(first, "gid_map", _map_text(gid_mappings), "linux.gidMappings")
+            channel.send(fd, event="go")
+        if plan.namespaces.time_offsets:
+            _expect(fd, "time")
+            _write(first, "timens_offsets", plan.namespaces.time_offsets, "linux.timeOffsets")
+            channel.send(fd, event="go")
+        return int(str(_expect(fd, "forked")["pid"]))
+    except channel.Closed:
+        raise SetupFailed("linux.namespaces: the process that makes them ended without a word") from None
+
+
+def _expect(fd: int, event: str) -> dict[str, object]:
+    message = channel.receive(fd)
+    if message.get("event") != event:
+        raise SetupFailed(f"the container's process said {message.get('event')!r} instead of {event!r}")
+    return message
+
+
+def _map_text(mappings: tuple[IdMapping, ...]) -> str:
+    return "".join(f"{each.container} {each.host} {each.size}\n" for each in mappings)
+
+
+def _write(pid: int, file: str, text: str, place: str) -> None:
+    try:
+        fd = os.open(f"/proc/{pid}/{file}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+    except OSError as err:
+        raise SetupFailed(f"{place}: {reason(err)}") from None

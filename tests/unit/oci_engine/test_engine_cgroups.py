@@ -1,0 +1,179 @@
+"""Control groups as trees of files: where they are, what is written where, what is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from oci_engine.cgroups.mounted import Hierarchy, hierarchies, is_unified, own_unified
+from oci_engine.cgroups.v1 import CgroupV1
+from oci_engine.cgroups.v2 import CgroupV2, io_weight_of, weight_of
+from oci_engine.errors import SetupFailed
+from oci_engine.resources_spec import Cpu, Memory, Resources, Throttle
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HYBRID = """\
+20 1 0:1 / /sys/fs/cgroup ro - tmpfs tmpfs ro
+21 20 0:20 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
+22 20 0:21 /docker/x /sys/fs/cgroup/memory rw shared:3 - cgroup cgroup rw,memory
+23 20 0:22 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd
+24 20 0:23 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw
+25 20 0:21 / /mnt/again\\040here rw - cgroup cgroup rw,memory
+"""
+OWN = "4:memory:/docker/x/mine\n3:cpuacct,cpu:/user\n2:name=systemd:/init.scope\n0::/\n"
+PURE = "30 1 0:1 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
+
+
+def test_where_the_trees_are() -> None:
+    assert not is_unified(HYBRID)
+    assert is_unified(PURE)
+    assert hierarchies(HYBRID, OWN) == [
+        Hierarchy(controllers=("cpu", "cpuacct"), point="/sys/fs/cgroup/cpu,cpuacct", own="user"),
+        Hierarchy(controllers=("memory",), point="/sys/fs/cgroup/memory", own="mine"),
+        Hierarchy(controllers=("name=systemd",), point="/sys/fs/cgroup/systemd", own="init.scope"),
+    ]
+    assert own_unified("0::/user.slice/x\n") == "user.slice/x"
+
+
+def test_paths_from_the_top_and_from_the_callers_group() -> None:
+    trees = hierarchies(HYBRID, OWN)
+    assert CgroupV1.below("/pod/c", trees).paths == {
+        "cpu": "/sys/fs/cgroup/cpu,cpuacct/pod/c", "cpuacct": "/sys/fs/cgroup/cpu,cpuacct/pod/c",
+        "memory": "/sys/fs/cgroup/memory/pod/c", "name=systemd": "/sys/fs/cgroup/systemd/pod/c",
+    }  # fmt: skip
+    assert CgroupV1.below("c", trees).paths["memory"] == "/sys/fs/cgroup/memory/mine/c"
+
+
+@pytest.fixture
+def v2(tmp_path: Path) -> CgroupV2:
+    """A group made of plain files, with all that a kernel offers."""
+    group = CgroupV2("/pod/c", str(tmp_path))
+    (tmp_path / "cgroup.controllers").write_text("cpu memory rdma\n")
+    (tmp_path / "cgroup.subtree_control").touch()
+    group.create()
+    for name in (
+        "cpu.weight", "cpu.max", "cpu.max.burst", "cpu.idle", "cpuset.cpus", "cpuset.mems", "memory.max", "memory.low",
+        "memory.swap.max", "pids.max", "io.max", "io.weight", "hugetlb.2MB.max", "memory.high",
+    ):  # fmt: skip
+        (tmp_path / "pod" / "c" / name).touch()
+    return group
+
+
+def test_controllers_are_passed_on(v2: CgroupV2, tmp_path: Path) -> None:
+    # A real file of this kind adds up what is written; this one shows the last.
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory"
+
+
+def test_limits_of_version_2(v2: CgroupV2, tmp_path: Path) -> None:
+    v2.limit(
+        Resources(
+            cpu=Cpu(shares=1024, quota=50000, period=200000, burst=7, cpus="0-1", mems="0", idle=0),
+            memory=Memory(limit=1000, reservation=500, swap=1500),
+            pids_limit=12,
+            block_weight=500,
+            throttles=(Throttle(file="write_bps_device", major=8, minor=16, rate=99),),
+            hugepages=(("2MB", 4096),),
+            unified=(("memory.high", "900"),),
+        ),
+        devices=False,
+    )
+    expected = {
+        "cpu.weight": "39", "cpu.max": "50000 200000", "cpu.max.burst": "7", "cpu.idle": "0", "cpuset.cpus": "0-1",
+        "cpuset.mems": "0", "memory.max": "1000", "memory.low": "500", "memory.swap.max": "500", "pids.max": "12",
+        "io.max": "8:16 wbps=99", "io.weight": "default 4950", "hugetlb.2MB.max": "4096", "memory.high": "900",
+    }  # fmt: skip
+    assert {name: (tmp_path / "pod" / "c" / name).read_text() for name in expected} == expected
+
+
+def test_no_limits_of_version_2(v2: CgroupV2, tmp_path: Path) -> None:
+    folder = tmp_path / "pod" / "c"
+    v2.limit(Resources(cpu=Cpu(quota=-1), memory=Memory(limit=-1, swap=-1), pids_limit=-1), devices=False)
+    assert (folder / "cpu.max").read_text() == "max 100000"
+    assert (folder / "memory.max").read_text() == "max"
+    assert (folder / "memory.swap.max").read_text() == "max"
+    assert (folder / "pids.max").read_text() == "max"
+    (folder / "cpu.max").write_text("5000 100000")
+    v2.limit(Resources(cpu=Cpu(period=50000)), devices=False)
+    assert (folder / "cpu.max").read_text() == "5000 50000"
+
+
+@pytest.mark.parametrize(
+    ("resources", "place"),
+    [
+        (Resources(memory=Memory(swappiness=10)), "memory.swappiness"),
+        (Resources(memory=Memory(disable_oom_killer=True)), "memory.disableOOMKiller"),
+        (Resources(memory=Memory(limit=100, swap=50)), "memory.swap"),
+        (Resources(cpu=Cpu(realtime_runtime=1)), "cpu.realtimeRuntime"),
+        (Resources(hugepages=(("1GB", 0),)), "hugepageLimits"),
+    ],
+)
+def test_what_version_2_cannot_do(v2: CgroupV2, resources: Resources, place: str) -> None:
+    with pytest.raises(SetupFailed, match=f"linux.resources.{place}"):
+        v2.limit(resources, devices=False)
+
+
+@pytest.mark.parametrize(("shares", "weight"), [(0, 1), (2, 1), (1024, 39), (262144, 10000), (10**9, 10000)])
+def test_weights(shares: int, weight: int) -> None:
+    assert weight_of(shares) == weight
+
+
+def test_io_weights() -> None:
+    assert (io_weight_of(10), io_weight_of(1000)) == (1, 10000)
+
+
+def test_statistics_of_version_2(v2: CgroupV2, tmp_path: Path) -> None:
+    folder = tmp_path / "pod" / "c"
+    for name, text in {
+        "cpu.stat": "usage_usec 12\nuser_usec 7\nsystem_usec 5\nnr_periods 3\nnr_throttled 2\nthrottled_usec 9\n",
+        "memory.current": "100\n", "memory.max": "max\n", "memory.peak": "200\n", "memory.stat": "anon 1\nfile 40\n",
+        "memory.events": "low 0\nmax 6\n", "memory.swap.current": "5\n", "memory.swap.max": "max\n",
+        "pids.current": "3\n", "pids.max": "10\n", "io.stat": "8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0\n",
+    }.items():  # fmt: skip
+        (folder / name).write_text(text)
+    stats: Any = v2.stats()
+    assert stats["cpu"]["usage"] == {"total": 12000, "user": 7000, "kernel": 5000}
+    assert stats["cpu"]["throttling"] == {"periods": 3, "throttledPeriods": 2, "throttledTime": 9000}
+    assert stats["memory"]["usage"] == {"limit": 2**64 - 1, "usage": 100, "max": 200, "failcnt": 6}
+    assert stats["memory"]["swap"]["usage"] == 105
+    assert stats["memory"]["cache"] == 40
+    assert stats["pids"] == {"current": 3, "limit": 10}
+    assert {"major": 8, "minor": 0, "op": "write", "value": 2} in stats["blkio"]["ioServiceBytesRecursive"]
+
+
+def v1(tmp_path: Path, *controllers: str) -> CgroupV1:
+    trees = [Hierarchy(controllers=(name,), point=str(tmp_path / name), own="") for name in controllers]
+    for name in controllers:
+        (tmp_path / name).mkdir()
+    return CgroupV1.below("/a/b", trees)
+
+
+def test_empty_cpusets_are_inherited_from_far_above(tmp_path: Path) -> None:
+    group = v1(tmp_path, "cpuset")
+    for folder in ("", "a/", "a/b/"):
+        (tmp_path / "cpuset" / folder).mkdir(exist_ok=True)
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            (tmp_path / "cpuset" / folder / name).write_text("0-3\n" if folder == "" else "")
+    group.create()
+    assert (tmp_path / "cpuset" / "a" / "cpuset.cpus").read_text() == "0-3"
+    assert (tmp_path / "cpuset" / "a" / "b" / "cpuset.mems").read_text() == "0-3"
+
+
+def test_a_controller_that_is_missing(tmp_path: Path) -> None:
+    group = v1(tmp_path, "cpu")
+    with pytest.raises(
+        SetupFailed, match=r"linux.resources.memory.limit: this host has no memory controller"
+    ):
+        group.limit(Resources(memory=Memory(limit=1)), devices=False)
+    with pytest.raises(SetupFailed, match=r"linux.resources.unified: this host has version 1"):
+        group.limit(Resources(unified=(("memory.high", "1"),)), devices=False)
+    with pytest.raises(SetupFailed, match="no freezer controller"):
+        group.freeze(True)
+    assert not group.is_frozen()
+
+
+def test_what_is_not_asked_for_is_not_touched(tmp_path: Path) -> None:
+    v1(tmp_path).limit(Resources(pids_limit=0), devices=False)
+    CgroupV2("/x", str(tmp_path)).limit(Resources(pids_limit=0), devices=False)
