@@ -43,6 +43,8 @@ def without(qemu: Qemu) -> tuple[Qemu, list[Remark]]:
         ("enable_virtio_mem", False, "memory cannot be added to it"),
         ("reclaim_guest_freed_memory", False, "the host cannot take its memory back"),
         ("guest_memory_dump_path", "", "the host cannot read its memory"),
+        ("hot_plug_vfio", "no-port", "it takes only the devices that it starts with"),
+        ("hotplug_vfio_on_root_bus", False, "it takes only the devices that it starts with"),
         ("entropy_source", "/dev/urandom", "the host would know its random numbers"),
     ):
         if getattr(qemu, key) not in (value, ""):

@@ -7,7 +7,7 @@ does. Only keys with an effect are looked at.
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -346,13 +346,42 @@ class _QemuTopics:
         if all(ports.values()):
             problem = "spare ports are of the root complex or of a switch, not of both"
             self._bad("pcie_switch_port", problem, "set one of them to 0", also="pcie_root_port")
+        hot_plug_vfio = self._host_devices(ports)
         hooks = self._qemu.guest_hook_path
         if hooks and not (hooks.startswith("/") and hooks.isprintable() and ".." not in hooks.split("/")):
             self._bad("guest_hook_path", f"want an absolute path in the guest, got {show(hooks)}")
         return {
+            "hot_plug_vfio": hot_plug_vfio,
             "default_bridges": min(self._qemu.default_bridges or 1, _MAX_BRIDGES),
             "network_queues": min(self._qemu.network_queues or 1, _MOST_NETWORK_QUEUES),
         }
+
+    def _host_devices(self, ports: Mapping[str, int]) -> str:
+        """The kind of ports that devices of the host are plugged into."""
+        qemu = self._qemu
+        hot, cold = qemu.hot_plug_vfio, qemu.cold_plug_vfio
+        if qemu.hotplug_vfio_on_root_bus:
+            if hot not in ("no-port", "root-port"):
+                problem = f'means hot_plug_vfio = "root-port", which is {show(hot)}'
+                self._bad("hotplug_vfio_on_root_bus", problem, "remove it", also="hot_plug_vfio")
+            hot = "root-port"
+        if "no-port" not in (hot, cold) and hot != cold:
+            problem = "devices of the host are behind one kind of ports"
+            self._bad("hot_plug_vfio", problem, f"set it to {show(cold)} as well", also="cold_plug_vfio")
+        kind = hot if hot != "no-port" else cold
+        key = "hot_plug_vfio" if qemu.hot_plug_vfio != "no-port" else "cold_plug_vfio"
+        other = {"root-port": "pcie_switch_port", "switch-port": "pcie_root_port"}.get(kind)
+        if other is not None and ports[other]:
+            problem = f"{show(kind)} and {other} are different kinds of ports, and a machine has those of one"
+            self._bad(key, problem, f"set {other} to 0", also=other)
+        if hot == "bridge-port" and qemu.machine_type == "virt":
+            self._bad(
+                "hot_plug_vfio",
+                "arm64 guests do not notice what is plugged in behind a bridge",
+                'use "root-port"',
+                also="machine_type",
+            )
+        return hot
 
     def _check_numa_mapping(self) -> None:
         from config import numa

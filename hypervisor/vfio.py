@@ -52,6 +52,8 @@ class HostDevice:
     vendor: int | None = None
     device: int | None = None
     device_class: int | None = None
+    parent: str = ""
+    """Of `mediated`: the address of the device that it is a part of."""
     queues: tuple[str, ...] = ()
     """Of `ap`: adapters and domains, as `05.0004`."""
 
@@ -59,6 +61,11 @@ class HostDevice:
     def id(self) -> str:
         """QEMU's name for it."""
         return f"vfio-{self.address.replace(':', '-')}"
+
+    @property
+    def tells(self) -> str:
+        """The address by which the host's programs know it."""
+        return self.parent or self.address
 
     @property
     def sysfs(self) -> str:
@@ -75,6 +82,12 @@ class HostDevice:
 def names_host_device(path: str) -> bool:
     """Whether a device file stands for devices that can be given away."""
     return path.startswith("/dev/vfio/") and path not in CONTROL_FILES
+
+
+def is_pci_address(text: str) -> bool:
+    """Whether it names a PCI device, by its domain too."""
+    match = _PCI_ADDRESS.fullmatch(text)
+    return match is not None and match[1] is not None
 
 
 def devices_named(name: str, host: Host, *, by_own_file: bool = False) -> tuple[HostDevice, ...]:
@@ -228,7 +241,14 @@ def _mediated(name: str, uuid: str, host: Host) -> HostDevice:
             f"{name}: {uuid} has no queues; write an adapter to assign_adapter and a domain to assign_domain in "
             f"/sys/bus/mdev/devices/{uuid}"
         )
-    return HostDevice(kind=kind, address=uuid, group=group, queues=queues)
+    parent = folder.resolve().parent.name
+    return HostDevice(
+        kind=kind,
+        address=uuid,
+        group=group,
+        parent=parent if is_pci_address(parent) else "",
+        queues=queues,
+    )
 
 
 def _group_of(name: str, address: str, host: Host) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import json
 import time
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from hypervisor.spec import NumaNode, VmSpec
     from shim.bootstrap import Bootstrap
     from shim.network import PodNetwork
+    from shim.passthrough import PodDevices
     from shim.pod import Pod
     from shim.serve import HostState
 
@@ -161,6 +163,7 @@ class Boot:
 
     bundle: Bundle | None = None
     _network: PodNetwork | None = None
+    _devices: PodDevices | None = None
     config: Config
     pod: Pod
     _loaded: LoadedConfig
@@ -219,6 +222,18 @@ class Boot:
         return self._network
 
     @property
+    def devices(self) -> PodDevices:
+        """The host's devices of the machine that was begun last."""
+        if self._devices is None:
+            from shim import preload
+            from shim.passthrough import PodDevices
+
+            if self.config.hypervisor.hot_plug_vfio != "no-port":
+                preload.load(preload.FOR_HOST_DEVICES)
+            self._devices = PodDevices(self.config)
+        return self._devices
+
+    @property
     def machine_type_set_by(self) -> str | None:
         """The file or annotation that fixes the type of machine; None while the default applies."""
         return self._loaded.origins.get("hypervisor.qemu.machine_type")
@@ -255,6 +270,7 @@ class Boot:
 
     def _begin(self, made: Plan) -> None:
         self._loaded, self.config = made.loaded, made.loaded.config
+        self._devices = None
         self._owner = asyncio.create_task(self._own(made.spec), name="machine")
 
     async def launched(self) -> None:
@@ -282,6 +298,8 @@ class Boot:
 
     async def _own(self, spec: VmSpec) -> None:
         try:
+            if self.config.hypervisor.cold_plug_vfio != "no-port":
+                spec = replace(spec, host_devices=await self.devices.at_start(self.pod, self.bundle))
             async with booted(spec, listeners={READY_PORT: self._ready.on_connection}) as machine:
                 self.moments |= machine.timings
                 self._host.remember_helpers(machine.pids)

@@ -31,11 +31,27 @@ class Memory(msgspec.Struct, frozen=True):
     limit: int = 0
 
 
+class DeviceRule(msgspec.Struct, frozen=True):
+    """One entry of `linux.resources.devices`; without numbers it is about all devices of its type."""
+
+    allow: bool = False
+    type: str = ""
+    major: int = 0
+    minor: int = 0
+
+
 class Resources(msgspec.Struct, frozen=True):
-    """The part of `linux.resources` that says how large a VM has to be."""
+    """The part of `linux.resources` that says how large a VM has to be, and which devices are meant."""
 
     cpu: Cpu = Cpu()
     memory: Memory = Memory()
+    devices: tuple[DeviceRule, ...] = ()
+
+
+class Device(msgspec.Struct, frozen=True):
+    """One entry of `linux.devices`."""
+
+    path: str
 
 
 class Linux(msgspec.Struct, frozen=True):
@@ -43,6 +59,7 @@ class Linux(msgspec.Struct, frozen=True):
 
     namespaces: tuple[Namespace, ...] = ()
     resources: Resources = Resources()
+    devices: tuple[Device, ...] = ()
 
 
 class Mount(msgspec.Struct, frozen=True):
@@ -97,6 +114,17 @@ class Spec(msgspec.Struct, frozen=True):
             if namespace.type == "network" and namespace.path and not namespace.path.startswith("/proc/0/"):
                 return Path(namespace.path)
         return None
+
+    @property
+    def host_devices(self) -> tuple[Device, ...]:
+        """The host's devices that the container is to have. For privileged ones, which have all devices of the machine
+        that they run on, none of these stands for something."""
+        about_all = [
+            rule
+            for rule in self.linux.resources.devices
+            if rule.type in ("", "a") and max(rule.major, rule.minor) <= 0
+        ]
+        return () if about_all and about_all[-1].allow else self.linux.devices
 
 
 class Bundle:

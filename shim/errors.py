@@ -35,5 +35,9 @@ class HookFailed(ShimError):
     """A hook of the container that has to succeed before there is one."""
 
 
+class DevicesUnknown(ShimError):
+    """What the pod is to have of the host's devices cannot be told."""
+
+
 class NotSupported(ShimError):
     """A part of the API that this shim does not have."""

@@ -48,8 +48,6 @@ _KUBELETS = re.compile(
     r"/pods/[^/]+/volumes/kubernetes\.io~(configmap|secret|projected|downward-api)/[^/]+/?\Z"
 )
 _EMPTY_DIRS = re.compile(r"/pods/[^/]+/volumes/kubernetes\.io~empty-dir/[^/]+/?\Z")
-# Where VFIO has its groups and devices.
-_PASSED_THROUGH = "/dev/vfio/"
 
 
 def process_to_proto(raw: dict[str, Any], where: str) -> oci_pb2.Process:
@@ -112,14 +110,6 @@ def check(spec: oci_pb2.Spec) -> None:
     for name, why in _REFUSED_ANNOTATIONS.items():
         if name in spec.Annotations:
             raise InvalidRequest(f"annotation {name}: not supported in this version: {why}; remove it")
-    if allows_every_device(spec.Linux.Resources):
-        return  # it gets the guest's devices, and none of the host's
-    for device in spec.Linux.Devices:
-        if device.Path.startswith(_PASSED_THROUGH):
-            raise InvalidRequest(
-                f"device {device.Path} cannot be passed through: no device of the host reaches a guest in this "
-                "version; run the container without it"
-            )
 
 
 def shared_mounts(spec: oci_pb2.Spec, configured: Iterable[SharedMount]) -> list[agent_pb2.SharedMount]:

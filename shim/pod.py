@@ -28,6 +28,11 @@ RESOLV_CONF = "/etc/resolv.conf"
 _CRI_CONFIG = "runtime.v1.PodSandboxConfig"
 # containerd's annotations of a pod's first container: microseconds of CPU time, of how many, and bytes of memory.
 _LIMITS = tuple(f"io.kubernetes.cri.sandbox-{name}" for name in ("cpu-quota", "cpu-period", "memory"))
+# The annotations with a pod's name and its namespace, of containerd and of CRI-O.
+_NAMES = (
+    ("io.kubernetes.cri.sandbox-name", "io.kubernetes.cri-o.KubeName"),
+    ("io.kubernetes.cri.sandbox-namespace", "io.kubernetes.cri-o.Namespace"),
+)
 # Ten times what any resolver reads; the rest of a larger file is left out.
 _RESOLV_CONF_LIMIT = 65536
 # Bytes, or a part of the memory, which is then the guest's.
@@ -36,10 +41,12 @@ _TMPFS_SIZE = re.compile("[0-9]{1,18}[kKmMgG%]?")
 
 @dataclass(frozen=True, kw_only=True)
 class Pod:
-    """`dns` are the lines of resolv.conf, `netns` is None for "make a new one" and with `host_network`, `sysctls` are
-    the guest's, `annotations` all that the pod has, `resources` its limits, `shm_size` the size of /dev/shm in the
-    words of tmpfs(5)."""
+    """`name` and `namespace` are Kubernetes's, empty without it, `dns` are the lines of resolv.conf, `netns` is None
+    for "make a new one" and with `host_network`, `sysctls` are the guest's, `annotations` all that the pod has,
+    `resources` its limits, `shm_size` the size of /dev/shm in the words of tmpfs(5)."""
 
+    name: str = ""
+    namespace: str = ""
     hostname: str = ""
     dns: tuple[str, ...] = ()
     netns: Path | None = None
@@ -57,12 +64,16 @@ def pod_from_bundle(bundle: Bundle) -> Pod:
         InvalidRequest: limits that are no numbers.
     """
     dns = dns_of(bundle)
+    annotations = bundle.spec.annotations
+    name, namespace = (next((annotations[key] for key in keys if key in annotations), "") for keys in _NAMES)
     return Pod(
+        name=name,
+        namespace=namespace,
         hostname=_hostname(bundle),
         dns=dns,
         netns=bundle.spec.netns,
         host_network=not any(namespace.type == "network" for namespace in bundle.spec.linux.namespaces),
-        annotations=bundle.spec.annotations,
+        annotations=annotations,
         resources=_limits_of(bundle),
         shm_size=_shm_size(bundle) or Pod.shm_size,
     )
@@ -159,6 +170,8 @@ def _pod_from_cri(packed: bytes) -> Pod:
     dns = _resolv_conf(config.dns_config) if config.HasField("dns_config") else ()
     limits = config.linux.resources
     return Pod(
+        name=config.metadata.name,
+        namespace=config.metadata.namespace,
         hostname=config.hostname,
         dns=dns or _lines_of(RESOLV_CONF),
         sysctls=dict(config.linux.sysctls),

@@ -181,8 +181,14 @@ class Sandbox:
         self._containers.pop(container.id, None)
         if not self.needed:
             self._begin_stop()
-        elif self._sizing is not None:
-            self._sizing.give_back()
+        else:
+            if self._sizing is not None:
+                self._sizing.give_back()
+            if self._machine is not None:
+                # The guest may take its time to let go of them, and nobody waits for that.
+                self._in_background(
+                    self._boot.devices.take_back(container.id, self._machine), f"devices of {container.id}"
+                )
 
     async def update_container(self, container: Container, resources: LinuxResources) -> None:
         """Change a container's limits: the machine grows before, and shrinks some time after.
@@ -246,6 +252,8 @@ class Sandbox:
         what = f"container {request.container_id}"
         spec = oci.spec_to_proto(bundle.raw, "config.json")
         oci.check(spec)
+        privileged = oci.allows_every_device(spec.Linux.Resources)
+        wanted = self._boot.devices.wanted_by(spec, privileged=privileged)
         if self._boot.config.hypervisor.confidential_guest:
             raise InvalidRequest(
                 f"{what}: its root file system cannot reach a confidential guest: no files are shared with it, and in "
@@ -268,6 +276,7 @@ class Sandbox:
             )
             if spec.Linux.HasField("Seccomp"):
                 architecture.fit_seccomp(spec.Linux.Seccomp, self._boot.config.hypervisor.machine_type)
+            self._boot.devices.edit(spec, wanted)
             self._add_pod_settings(spec)
             kubelets = self._share_mounts(spec, bundle, undo)
             guest, machine = await self._guest()
@@ -277,8 +286,10 @@ class Sandbox:
             await self._sizing.make_room(request.container_id, demand)
             if self._boot.config.runtime.proxy_host_sockets:
                 await self._offer_sockets(spec, guest, machine, undo)
+            devices = await self._boot.devices.give(request.container_id, wanted, machine) if wanted else ()
             message = agent_pb2.CreateContainerRequest(
                 container_id=request.container_id,
+                devices=devices,
                 exec_id=request.container_id,
                 OCI=spec,
                 sandbox_pidns=joins_pidns,
@@ -293,6 +304,9 @@ class Sandbox:
                 await self._create_in_guest(message, guest, machine)
             except BaseException:
                 await hooks.stopped()
+                if wanted:
+                    taking = self._boot.devices.take_back(request.container_id, machine)
+                    self._in_background(taking, f"devices of {what}")
                 raise
             container = Container(
                 request.container_id,

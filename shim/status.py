@@ -21,6 +21,7 @@ RPC_CODES: Mapping[str, Code] = {
     "GuestUnreachable": Code.UNAVAILABLE,
     "NetworkNotMirrored": Code.FAILED_PRECONDITION,
     "HookFailed": Code.FAILED_PRECONDITION,
+    "DevicesUnknown": Code.FAILED_PRECONDITION,
     "NotSupported": Code.UNIMPLEMENTED,
     "TimeoutError": Code.DEADLINE_EXCEEDED,
     "ConfigError": Code.INVALID_ARGUMENT,

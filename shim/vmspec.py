@@ -22,11 +22,16 @@ if TYPE_CHECKING:
     from hypervisor.rootless import User
     from hypervisor.spec import Accel, BlockAio, Nic, NumaNode, RootfsDriver, VsockKind
     from hypervisor.verity import Verity
+    from hypervisor.vfio import PortKind
 
     class Growth(TypedDict):
         memory_slots: int
         max_memory_mib: int
         virtio_mem: bool
+
+    class HostDeviceOptions(TypedDict):
+        host_device_port: PortKind
+        host_device_places: int
 
     class DiskOptions(TypedDict):
         disk_aio: BlockAio
@@ -145,6 +150,7 @@ def vm_spec(
         entropy_source=Path(qemu.entropy_source) if qemu.entropy_source != _USUAL_ENTROPY else None,
         pcie_root_ports=qemu.pcie_root_port,
         pcie_switch_ports=qemu.pcie_switch_port,
+        **_host_devices(config),
         extra_monitor=(qemu.extra_monitor_socket or None) if qemu.enable_debug else None,
         seccomp_sandbox=qemu.seccomp_sandbox,
         dump_dir=Path(qemu.guest_memory_dump_path) / sandbox_id if qemu.guest_memory_dump_path else None,
@@ -166,6 +172,14 @@ def guest_arch(config: Config) -> str:
 def shares_by_9p(config: Config) -> bool:
     """Whether the guest has another byte order than the host, with which virtiofs does not work."""
     return arch_named(guest_arch(config)).byte_order != sys.byteorder
+
+
+def _host_devices(config: Config) -> HostDeviceOptions:
+    """Where they go. One that is plugged in later has a port also when no number of these is configured."""
+    qemu = config.hypervisor
+    kinds = (kind for kind in (qemu.hot_plug_vfio, qemu.cold_plug_vfio) if kind != "no-port")
+    plugs_in = qemu.hot_plug_vfio != "no-port" and arch_named(guest_arch(config)).pcie_ports
+    return {"host_device_port": next(kinds, "root-port"), "host_device_places": int(plugs_in)}
 
 
 def _verity(qemu: Qemu) -> Verity | None:

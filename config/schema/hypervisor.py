@@ -30,7 +30,6 @@ _SWAP_ONLY = "of use only with `enable_guest_swap`"
 _STORE_ONLY = "of use only with `enable_vhost_user_store`"
 _REMOTE_ONLY = "of hypervisors on other machines"
 _EACH = "each network interface of the guest"
-_NO_PASSTHROUGH = "no device of the host reaches a guest, and a container that brings one is refused"
 _NO_DISK_LIMIT = "disks have no limits; limit the I/O of containers instead"
 
 
@@ -507,14 +506,23 @@ class Qemu(Section, frozen=True):
     ] = 0
     cold_plug_vfio: Annotated[
         Literal["no-port", "root-port", "switch-port", "bridge-port"],
-        key("warned", "Port for host devices given to the machine at boot.", why=_NO_PASSTHROUGH),
+        key(
+            "now",
+            "Let machines start with devices of the host (VFIO) that their pods ask for, behind ports of this kind. On"
+            " s390x, where there are no ports, any kind lets them start with crypto queues.",
+        ),
     ] = "no-port"
     hot_plug_vfio: Annotated[
         Literal["no-port", "root-port", "switch-port", "bridge-port"],
-        key("warned", "Port for host devices given to a running machine.", why=_NO_PASSTHROUGH),
+        key(
+            "now",
+            "Plug devices of the host (VFIO) that a container asks for into the running machine, at spare ports of this"
+            " kind. There is one at least; `pcie_root_port` and `pcie_switch_port` make more, a bridge has 30. Not for"
+            " confidential guests.",
+        ),
     ] = "no-port"
     hotplug_vfio_on_root_bus: Annotated[
-        bool, key("warned", "Put such devices on the root bus.", why=_NO_PASSTHROUGH)
+        bool, key("now", 'An older name of `hot_plug_vfio = "root-port"`.')
     ] = False
     enable_iommu: Annotated[bool, key("now", "Give the guest a virtual IOMMU; s390x has none.")] = False
     enable_iommu_platform: Annotated[

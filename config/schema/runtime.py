@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from config.schema.key import Count, LogLevel, Section, VsockPort, key
 
-_NO_PASSTHROUGH = "no device of the host reaches a guest, and a container that brings one is refused"
 _TRACING_ONLY = "of use only with `enable_tracing`"
 
 
@@ -109,7 +108,11 @@ class Runtime(Section, frozen=True):
     ] = ()
     vfio_mode: Annotated[
         Literal["guest-kernel", "vfio"],
-        key("warned", "What containers see of devices that were passed through.", why=_NO_PASSTHROUGH),
+        key(
+            "now",
+            "Who drives the host's devices in a guest: its kernel, so that containers find what its drivers make of"
+            " them, or programs of the containers by `/dev/vfio`, which needs `enable_iommu`.",
+        ),
     ] = "guest-kernel"
     emptydir_mode: Annotated[
         Literal["shared-fs", "block-encrypted", "block-plain"],
@@ -161,9 +164,9 @@ class Runtime(Section, frozen=True):
     pod_resource_api_sock: Annotated[
         str,
         key(
-            "warned",
-            "The kubelet's pod-resources socket, asked which devices a pod was given.",
-            why=_NO_PASSTHROUGH,
+            "now",
+            "The kubelet's pod-resources socket, asked for the devices that a pod was given, so that its machine starts"
+            " with them. Needs `cold_plug_vfio`.",
         ),
     ] = ""
     log_level: Annotated[

@@ -54,10 +54,17 @@ class FakeSysfs:
         (self.root / "dev/iommu").touch()
 
     def mediated(
-        self, uuid: str, group: str, interface: str, *, queues: str = "", driver: str = "vfio_mdev"
+        self,
+        uuid: str,
+        group: str,
+        interface: str,
+        *,
+        queues: str = "",
+        driver: str = "vfio_mdev",
+        parent: str = "matrix",
     ) -> None:
-        """A device that a driver has made."""
-        folder = self.root / "sys/devices/parent" / uuid
+        """A device that a driver has made out of another one."""
+        folder = self.root / "sys/devices" / parent / uuid
         (folder / "mdev_type").mkdir(parents=True)
         (self.root / "sys/bus/mdev/devices" / uuid).symlink_to(folder)
         (folder / "mdev_type/device_api").write_text(f"{interface}\n")

@@ -47,12 +47,15 @@ class PodSandboxConfig(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    METADATA_FIELD_NUMBER: _builtins.int
     HOSTNAME_FIELD_NUMBER: _builtins.int
     DNS_CONFIG_FIELD_NUMBER: _builtins.int
     ANNOTATIONS_FIELD_NUMBER: _builtins.int
     LINUX_FIELD_NUMBER: _builtins.int
     hostname: _builtins.str
     """empty: the host's"""
+    @_builtins.property
+    def metadata(self) -> Global___PodSandboxMetadata: ...
     @_builtins.property
     def dns_config(self) -> Global___DNSConfig:
         """absent: the host's"""
@@ -64,18 +67,43 @@ class PodSandboxConfig(_message.Message):
     def __init__(
         self,
         *,
+        metadata: Global___PodSandboxMetadata | None = ...,
         hostname: _builtins.str = ...,
         dns_config: Global___DNSConfig | None = ...,
         annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         linux: Global___LinuxPodSandboxConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["dns_config", b"dns_config", "linux", b"linux"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dns_config", b"dns_config", "linux", b"linux", "metadata", b"metadata"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "dns_config", b"dns_config", "hostname", b"hostname", "linux", b"linux"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "dns_config", b"dns_config", "hostname", b"hostname", "linux", b"linux", "metadata", b"metadata"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PodSandboxConfig: _TypeAlias = PodSandboxConfig  # noqa: Y015
+
+@_typing.final
+class PodSandboxMetadata(_message.Message):
+    """What Kubernetes calls the pod."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    namespace: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PodSandboxMetadata: _TypeAlias = PodSandboxMetadata  # noqa: Y015
 
 @_typing.final
 class DNSConfig(_message.Message):

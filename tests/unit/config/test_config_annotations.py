@@ -44,6 +44,9 @@ SETS: dict[str, tuple[str, str, object]] = {
         ("rootless", "true", "", True),
         ("pcie_root_port", "16", "", 16),
         ("pcie_switch_port", "1", "", 1),
+        ("cold_plug_vfio", "root-port", "", "root-port"),
+        ("hot_plug_vfio", "switch-port", "", "switch-port"),
+        ("hotplug_vfio_on_root_bus", "true", "hypervisor.hot_plug_vfio", "root-port"),
         ("enable_iommu", "true", "", True),
         ("disable_vhost_net", "true", "", True),
         ("network_queues", "2", "", 2),
@@ -91,6 +94,7 @@ SETS: dict[str, tuple[str, str, object]] = {
     RUNTIME + "internetworking_model": ("none", "runtime.internetworking_model", "none"),
     RUNTIME + "enable_vcpus_pinning": ("true", "runtime.enable_vcpus_pinning", True),
     "io.katacontainers.enable_vcpus_pinning": ("true", "runtime.enable_vcpus_pinning", True),
+    RUNTIME + "vfio_mode": ("vfio", "runtime.vfio_mode", "vfio"),
     RUNTIME + "disable_new_netns": ("true", "runtime.disable_new_netns", True),
     RUNTIME + "disable_guest_seccomp": ("true", "runtime.disable_guest_seccomp", True),
     RUNTIME + "disable_guest_empty_dir": ("true", "runtime.disable_guest_empty_dir", True),
@@ -113,18 +117,10 @@ WITH = {HYPERVISOR + "kernel_verity_params": {HYPERVISOR + "image": "@/other"}}
 
 # Accepted with a warning that names the key.
 WARNS: dict[str, tuple[str, str]] = {
-    HYPERVISOR + name: (text, f"hypervisor.qemu.{name}")
-    for name, text in {
-        "cold_plug_vfio": "root-port",
-        "hot_plug_vfio": "root-port",
-        "hotplug_vfio_on_root_bus": "true",
-    }.items()
-} | {
     RUNTIME + name: (text, f"runtime.{name}")
     for name, text in {
         "enable_pprof": "true",
         "sandbox_cgroup_only": "true",
-        "vfio_mode": "vfio",
     }.items()
 }
 

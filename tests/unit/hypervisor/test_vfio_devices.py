@@ -78,8 +78,9 @@ def test_the_whole_group_has_to_be_bound(sysfs: FakeSysfs, name: str, driver: st
 
 
 def test_mediated_devices_are_named_by_group_and_by_uuid(sysfs: FakeSysfs) -> None:
-    sysfs.mediated(UUID, "40", "vfio-pci", driver="nvidia-vgpu-vfio")
-    part = HostDevice(kind="mediated", address=UUID, group="40")
+    sysfs.mediated(UUID, "40", "vfio-pci", driver="nvidia-vgpu-vfio", parent=GPU)
+    part = HostDevice(kind="mediated", address=UUID, group="40", parent=GPU)
+    assert (part.tells, GIVEN.tells) == (GPU, GPU)
     for name in ("/dev/vfio/40", UUID, UUID.upper(), f"/sys/bus/mdev/devices/{UUID}"):
         assert devices_named(name, sysfs.host) == (part,)
     assert part.sysfs == f"/sys/bus/mdev/devices/{UUID}"

@@ -26,13 +26,14 @@ from hypervisor.qemu.cmdline import Fds, build_cmdline
 from hypervisor.qemu.nic import NicFds
 from netlink.objects import IFF_UP, Link
 from shim import agent as agent_of_shim
-from shim import agent_log, boot, crossing, network, paths, sandbox
+from shim import agent_log, boot, crossing, network, passthrough, paths, sandbox
 from shim.agent import connected
 from shim.errors import ShimError
 from shim.interfaces import Interface, Snapshot
 from shim.io import Stdio
 from shim.share import GUEST_PASSTHROUGH
 from tests.support.fake_agent import FakeAgent
+from tests.support.fake_sysfs import FakeSysfs
 from tests.unit.hypervisor.test_confidential import SNP, TDX, cpuid, host
 from ttrpc import RpcError
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from config.schema import Qemu
     from hypervisor import host as hosts
     from hypervisor.spec import VmSpec
+    from hypervisor.vfio import HostDevice
     from netlink.rtnl import Rtnetlink
 
 SPEC: dict[str, Any] = {
@@ -105,6 +107,15 @@ class Machine:
     def last_progress(self) -> float:
         return asyncio.get_running_loop().time()
 
+    async def plug_host_device(self, device: HostDevice) -> None:
+        self._seen.append(f"plugged in: {device.address}")
+
+    async def unplug_host_device(self, device: HostDevice) -> None:
+        """Nothing is to be seen of it."""
+
+    async def pci_path(self, device_id: str) -> str:
+        return "02/00"
+
     async def stop(self) -> None:
         """Nothing to stop."""
 
@@ -156,15 +167,26 @@ class Host:
 
 
 async def done_by(
-    folder: Path, text: str, annotations: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    text: str,
+    annotations: Mapping[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    host_device: str = "",
 ) -> str:
-    """What happens with this configuration. `folder` is the test's own, and shown as @."""
+    """What happens with this configuration. `folder` is the test's own, and shown as @. The container asks for a device
+    of the host if one is named.
+    """
     (folder / "configuration.toml").write_text(text)
-    (folder / "config.json").write_text(json.dumps(SPEC | {"annotations": {**POD, **annotations}}))
+    spec = SPEC | {"annotations": {**POD, **annotations}}
+    if host_device:
+        wanted = {"path": host_device, "type": "c", "major": 240, "minor": 0}
+        spec = spec | {"linux": {**spec["linux"], "devices": [wanted]}}
+    (folder / "config.json").write_text(json.dumps(spec))
     seen: list[str] = []
     with monkeypatch.context() as patch, capture_logs() as logs:
         patch.setattr(paths, "RUN_ROOT", str(folder / "run"))
         patch.setattr(boot, "Host", lambda: _able_host(folder / "host", snp="sev_snp_guest" in text))
+        patch.setattr(passthrough, "Host", lambda: _host_with_a_device(folder / "sysfs"))
         patch.setenv("KATA_CONF_FILE", str(folder / "configuration.toml"))
         patch.setattr(boot, "choose_accel", lambda wanted, **_: Choice("tcg" if wanted == "tcg" else "kvm"))
         patch.setattr(
@@ -204,6 +226,7 @@ async def _booted(spec: VmSpec, folder: Path, seen: list[str]) -> AsyncIterator[
         shares=tuple(13 for _ in spec.shares),
         initdata=15,
         nics=tuple(NicFds((14,)) for _ in spec.nics),
+        host_devices=tuple(None for _ in spec.host_devices),
     )
     argv = build_cmdline(spec, fds)
     seen += [*argv, str(spec)]
@@ -239,6 +262,14 @@ def _able_host(root: Path, *, snp: bool) -> hosts.Host:
         "sys/devices/system/node/has_memory": "0-1\n",
     }
     return host(root, files)
+
+
+def _host_with_a_device(root: Path) -> hosts.Host:
+    fresh = not root.exists()
+    sysfs = FakeSysfs(root)
+    if fresh:
+        sysfs.pci("0000:3b:00.0", "12")
+    return sysfs.host
 
 
 async def _bring_up(folder: Path, seen: list[str]) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from config import Config
 
 FDS = Fds(qmp=10, console=11, vsock=12, guest_cid=3, shares=(13,), initdata=14)
-ALONE = frozenset({"-no-user-config", "-nodefaults", "-no-reboot"})
+ALONE = frozenset({"-no-user-config", "-nodefaults", "-no-reboot", "-no-shutdown"})
 # Whose value is one text, commas and all.
 PLAIN = frozenset({"-kernel", "-initrd", "-append", "-bios", "-vga", "-display", "-serial"})
 # Whose value is a list of properties.
@@ -52,7 +52,7 @@ LISTS = frozenset(
         "-device",
         "-blockdev",
     }
-    | {"-drive", "-sandbox", "-fsdev", "-add-fd"}
+    | {"-drive", "-sandbox", "-fsdev", "-add-fd", "-numa"}
 )
 # Their properties are the user's own, checked where the configuration is read.
 RAW = frozenset({"-machine", "-cpu"})

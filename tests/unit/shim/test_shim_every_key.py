@@ -40,6 +40,8 @@ class Shown:
     annotations: Mapping[str, str] = field(default_factory=dict)
     set_by: str = ""
     gone: bool = False
+    host_device: str = ""
+    """What the container asks for."""
 
 
 def extension(**changed: str) -> str:
@@ -60,6 +62,8 @@ S390X = {QEMU + "machine_type": '"s390-ccw-virtio"'}
 SECRET = {QEMU + "firmware": '"@/other"', QEMU + "shared_fs": '"none"'}
 SNP = SECRET | {QEMU + "confidential_guest": "true", QEMU + "sev_snp_guest": "true"}
 ID_BLOCK, ID_AUTH = (f'"{b64encode(bytes(size)).decode()}"' for size in (96, 4096))
+# The file of a group of the host's devices.
+GPU = "/dev/vfio/12"
 EXTENSION = QEMU + "guest_extension_images"
 SHARED = RUNTIME + "shared_mounts"
 ENABLED = {MEM_AGENT + "mem_agent_enable": "true"}
@@ -206,6 +210,11 @@ NOW: dict[str, Shown] = {
     QEMU + "network_queues": Shown("2", ",mq=on,vectors=6"),
     QEMU + "rx_rate_limiter_max_rate": Shown("8000", "in and out: (8000, 0)"),
     QEMU + "tx_rate_limiter_max_rate": Shown("9000", "in and out: (0, 9000)"),
+    QEMU + "cold_plug_vfio": Shown(
+        '"root-port"', "vfio-pci,id=vfio-0000-3b-00.0,host=0000:3b:00.0,bus=rp0", host_device=GPU
+    ),
+    QEMU + "hot_plug_vfio": Shown('"switch-port"', "plugged in: 0000:3b:00.0", host_device=GPU),
+    QEMU + "hotplug_vfio_on_root_bus": Shown("true", "pcie-root-port,id=rp0,"),
     QEMU + "accel": Shown('"tcg"', "-accel\ntcg,"),
     QEMU + "vsock": Shown('"vhost"', "vhost-vsock-pci,"),
     QEMU + "qmp_read_timeout_ms": Shown("300", "read_timeout_s=0.3,"),
@@ -262,6 +271,14 @@ NOW: dict[str, Shown] = {
         '"block-plain"', "no container: emptyDir c: emptydir_mode asks for a disk"
     ),
     RUNTIME + "proxy_host_sockets": Shown("true", "ListenSocket name:"),
+    RUNTIME + "vfio_mode": Shown(
+        '"vfio"', 'type: "vfio-pci"\n', {QEMU + "hot_plug_vfio": '"root-port"'}, host_device=GPU
+    ),
+    RUNTIME + "pod_resource_api_sock": Shown(
+        '"@/none"',
+        "failure: pod_resource_api_sock: the kubelet at @/none cannot be asked",
+        {QEMU + "cold_plug_vfio": '"root-port"'},
+    ),
     RUNTIME + "keep_abnormal": Shown("true", "is kept: True"),
     SHARED: Shown(shared(), "shared_mounts {"),
     SHARED + ".name": Shown(shared(name="mine"), 'name: "mine"', {SHARED: shared()}, set_by=SHARED),
@@ -277,16 +294,11 @@ OTHERS: dict[str, dict[str, str]] = {
         QEMU + "disk_rate_limiter_bw_max_rate": "1",
         QEMU + "disk_rate_limiter_ops_max_rate": "1",
         QEMU + "default_bridges": "2",
-        QEMU + "cold_plug_vfio": '"root-port"',
-        QEMU + "hot_plug_vfio": '"bridge-port"',
-        QEMU + "hotplug_vfio_on_root_bus": "true",
         MEM_AGENT + "create_container_timeout": "30",
         RUNTIME + "enable_tracing": "true",
         RUNTIME + "sandbox_cgroup_only": "true",
-        RUNTIME + "vfio_mode": '"vfio"',
         RUNTIME + "enable_pprof": "true",
         RUNTIME + "dan_conf": '"/run/dans"',
-        RUNTIME + "pod_resource_api_sock": '"/run/kubelet.sock"',
         "factory.vm_cache_number": "1",
     },
     "refused": {
@@ -396,9 +408,9 @@ def known() -> dict[str, str]:
 async def test_what_it_does(site: Site, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     row = NOW[key]
     asked = {PREFIX + name: value.replace("@", str(site.root)) for name, value in row.annotations.items()}
-    before = await done_by(site.root, text_of(site, row.given), asked, monkeypatch)
+    before = await done_by(site.root, text_of(site, row.given), asked, monkeypatch, row.host_device)
     text = text_of(site, {**row.given, row.set_by or key: row.value})
-    after = await done_by(site.root, text, asked, monkeypatch)
+    after = await done_by(site.root, text, asked, monkeypatch, row.host_device)
     assert (row.text in before, row.text in after) == (row.gone, not row.gone), after
 
 

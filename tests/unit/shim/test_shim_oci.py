@@ -359,19 +359,6 @@ def test_shared_mounts_are_those_of_the_container(annotations: dict[str, str], f
         assert (mount.src_ctr, mount.src_path, mount.dst_path) == ("init", "/s", "/d")
 
 
-def test_devices_of_vfio_are_refused_by_name() -> None:
-    devices = [{"path": path, "type": "c", "major": 1, "minor": 3} for path in ("/dev/null", "/dev/vfio/12")]
-    linux: dict[str, Any] = {"devices": devices}
-    with pytest.raises(
-        InvalidRequest, match=r"^device /dev/vfio/12 cannot be passed through: .*run the container"
-    ):
-        oci.check(oci.spec_to_proto({"linux": linux}, ""))
-    oci.check(oci.spec_to_proto({"linux": {"devices": devices[:1]}}, ""))
-    # A privileged container has all of the host's in its list, and gets the guest's.
-    linux["resources"] = {"devices": [{"allow": True, "access": "rwm"}]}
-    oci.check(oci.spec_to_proto({"linux": linux}, ""))
-
-
 @pytest.mark.parametrize(
     ("mount", "pods"),
     [
