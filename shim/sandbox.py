@@ -25,6 +25,7 @@ from hypervisor.errors import BootFailed, HypervisorError
 from shim import agent_log, architecture, names, oci, oom, paths, stand_in
 from shim.api.gen import events_pb2
 from shim.bundle import Bundle
+from shim.clock import GuestClock
 from shim.container import Container
 from shim.errors import AlreadyExists, GuestUnreachable, InvalidRequest, NotFound, NotSupported, StateConflict
 from shim.guest import Guest, GuestContainer
@@ -111,6 +112,7 @@ class Sandbox:
         self._names_served = False
         self._sizing: Sizing | None = None
         self._host_sockets: HostSockets | None = None
+        self._clock: GuestClock | None = None
         self._up: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
@@ -189,6 +191,12 @@ class Sandbox:
                 self._in_background(
                     self._boot.devices.take_back(container.id, self._machine), f"devices of {container.id}"
                 )
+
+    async def resume_container(self, container: Container) -> None:
+        """Thaw a container. Raises StateConflict unless paused, RpcError."""
+        await container.resume()
+        if self._clock is not None:
+            self._clock.correct_soon()
 
     async def update_container(self, container: Container, resources: LinuxResources) -> None:
         """Change a container's limits: the machine grows before, and shrinks some time after.
@@ -374,7 +382,7 @@ class Sandbox:
         log.info("machine_replaced", reason=what, machine_type=theirs, instead_of=ours)
         await self._let_go()
         await self._resources.aclose()
-        self._machine = self._inside = self._sizing = None
+        self._machine = self._inside = self._sizing = self._clock = None
         await boot.replace(plan)
         if self._stopping is not None:
             raise GuestUnreachable(f"sandbox {self.id} is stopping")
@@ -497,6 +505,9 @@ class Sandbox:
             await _answered(boot.network.tell(agent), machine)
             await _answered(agent.create_sandbox(self._create_sandbox_request()), machine)
             self._resources = undo.pop_all()
+        if not boot.config.hypervisor.confidential_guest:  # such a guest takes no time from the host
+            self._clock = GuestClock(agent)
+            self._in_background(self._clock.follow(), "follow the clock")
         self._sizing = Sizing(machine, agent, boot.config, self._in_background)
         self._inside = Guest(agent, machine.pid, self._liveness(agent, machine))
         self._in_background(self._watch_machine(machine), "watch machine")

@@ -136,7 +136,7 @@ class TaskService:
         return Empty()
 
     async def resume(self, req: pb.ResumeRequest, call: Call) -> Empty:
-        await self._to_the_end(self._sandbox.container(req.id).resume())
+        await self._to_the_end(self._sandbox.resume_container(self._sandbox.container(req.id)))
         return Empty()
 
     async def resize_pty(self, req: pb.ResizePtyRequest, call: Call) -> Empty:

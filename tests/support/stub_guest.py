@@ -227,6 +227,9 @@ class World:
         await container.delete(remove_in_guest=True)
         self.containers.pop(container.id, None)
 
+    async def resume_container(self, container: Container) -> None:
+        await container.resume()
+
     async def update_container(self, container: Container, resources: oci_pb2.LinuxResources) -> None:
         await container.update(resources)
 

@@ -19,6 +19,7 @@ from shim.liveness import Liveness
 from shim.pod import Pod
 from shim.process import Exit
 from shim.sandbox import CreateRequest, Sandbox
+from shim.sizing import Sizing
 from tests.support.stub_guest import VM_PID, StubAgent, StubPublisher
 from tests.unit.shim.test_shim_passthrough import GPU, NIC, SOUND, World
 from ttrpc import Code, RpcError
@@ -57,6 +58,7 @@ class Pods:
         machine.pid = VM_PID
         self.sandbox._machine = machine
         self.sandbox._inside = Guest(agent, VM_PID, Liveness(agent, None))
+        self.sandbox._sizing = Sizing(machine, agent, Config(), self.sandbox._in_background)
         self.sandbox._up = asyncio.create_task(self._nothing())
 
     async def _nothing(self, *_: object) -> None:
