@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,10 +29,11 @@ from guest_image import ImageError, Manifest
 from hypervisor import rootless
 from hypervisor.accel import choose_accel, choose_vsock
 from hypervisor.arch import arch_of_machine
-from hypervisor.errors import HostUnsupported, HypervisorError, InvalidSpec
+from hypervisor.errors import DeviceUnavailable, HostUnsupported, HypervisorError, InvalidSpec
 from hypervisor.host import Host
 from hypervisor.qemu.capabilities import capabilities, lacks
 from hypervisor.qemu.cmdline import Fds, build_cmdline
+from hypervisor.vfio import devices_named, has_iommufd
 from shim.boot import plan
 
 if TYPE_CHECKING:
@@ -49,6 +51,9 @@ TESTED_QEMU = (7, 2)
 PACKAGES = {arch_of_machine(machine): package for machine, package in QEMU_PACKAGES.items()}
 INSTALL = "apt-get install --no-install-recommends"
 PROGRAM_TIMEOUT_S = 20.0
+_BIND_HINT = (
+    "driverctl set-override ADDRESS vfio-pci binds a device; a group is ready when all of it is bound"
+)
 
 
 class Level(enum.Enum):
@@ -87,6 +92,7 @@ def check(file: Path | None = None, *, root: Path = Path("/")) -> list[Finding]:
         *choices,
         *([] if "virtio_fs_daemon" in broken else sharing(qemu)),
         *network(loaded.config.runtime if loaded else Runtime(), qemu, Host(root=root)),
+        *host_devices(loaded.config.runtime if loaded else Runtime(), qemu, Host(root=root)),
         *(guest(qemu) if loaded else []),
         *other_guests(qemu),
         *control_groups(root),
@@ -222,6 +228,55 @@ def network(runtime: Runtime, qemu: Qemu, host: Host) -> list[Finding]:
     return [
         Finding("network", Level.OK, f"packets are carried by {'the kernel (vhost-net)' if fast else 'QEMU'}")
     ]
+
+
+def host_devices(runtime: Runtime, qemu: Qemu, host: Host) -> list[Finding]:
+    """Whether guests can be given devices of this host (VFIO), and which are ready for that. Containers that ask for
+    none run in any case.
+    """
+    subject, on_channels = "host devices", arch(qemu) == "s390x"
+    groups = sorted(_listed(host, "sys/kernel/iommu_groups"), key=int)
+    drivable = (host.root / "sys/bus/pci/drivers/vfio-pci").exists()
+    if qemu.cold_plug_vfio == qemu.hot_plug_vfio == "no-port":
+        has = f"{len(groups)} IOMMU groups, vfio-pci {'' if drivable else 'not '}loaded, {_opened_by(host)}"
+        detail = f"no guest is given any: cold_plug_vfio and hot_plug_vfio are no-port; this host has {has}"
+        return [Finding(subject, Level.NOTE, detail)]
+    lacks: list[tuple[str, str]] = []
+    if not groups:
+        lacks.append(
+            ("this host has no IOMMU groups", "enable the IOMMU in firmware and kernel (intel_iommu=on)")
+        )
+    if not drivable and not on_channels:
+        lacks.append(("the driver vfio-pci is not loaded", "modprobe vfio-pci"))
+    if qemu.confidential_guest and not has_iommufd(host):
+        what = "confidential guests are given devices through /dev/iommu, which is not there"
+        lacks.append((what, "modprobe iommufd, on Linux 6.6 or later"))
+    if runtime.vfio_mode == "vfio" and not qemu.enable_iommu and not on_channels:
+        what = "vfio_mode is vfio, but containers cannot drive PCI devices in guests without an IOMMU"
+        lacks.append((what, "set enable_iommu = true"))
+    if (sock := runtime.pod_resource_api_sock) and not (host.root / sock.lstrip("/")).exists():
+        lacks.append((f"there is no socket {sock}", "correct pod_resource_api_sock, or start the kubelet"))
+    ready: list[str] = []
+    for group in groups:
+        with suppress(DeviceUnavailable):  # most are the host's own
+            ready += [device.address for device in devices_named(f"/dev/vfio/{group}", host)]
+    if groups and not ready:
+        lacks.append((f"none of {len(groups)} IOMMU groups is bound to vfio-pci", _BIND_HINT))
+    findings = [Finding(subject, Level.WARNING, what, remedy) for what, remedy in lacks]
+    if ready:
+        findings.append(Finding(subject, Level.OK, f"ready: {', '.join(ready)}; {_opened_by(host)}"))
+    return findings
+
+
+def _opened_by(host: Host) -> str:
+    return "IOMMUFD" if has_iommufd(host) else "no IOMMUFD"
+
+
+def _listed(host: Host, folder: str) -> list[str]:
+    try:
+        return os.listdir(host.root / folder)
+    except OSError:
+        return []
 
 
 def protection(qemu: Qemu, root: Path) -> list[Finding]:

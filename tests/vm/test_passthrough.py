@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from agent_proto.gen import agent_pb2 as pb
-from hypervisor.errors import HotplugRefused
+from hypervisor.errors import DeviceUnavailable, HotplugRefused
 from hypervisor.qemu import commands
 from hypervisor.qemu.ports import Place, free_place
 from hypervisor.vfio import HostDevice
@@ -21,6 +21,7 @@ from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 pytestmark = MARKS
 HOST = "0000:3b:00.0"
@@ -120,3 +121,16 @@ async def test_qemu_is_asked_for_a_device_that_the_host_does_not_have(guest: Gue
         "`kata-py check` looks"
     )
     assert free_place(guest.machine._spec, await commands.query_pci(guest.machine.monitor)) == Place("rp0")
+
+
+async def test_a_machine_that_is_to_start_with_such_a_device(guest: Guest, tmp_path: Path) -> None:
+    device = HostDevice(kind="pci", address=HOST, group="12", vendor=0x10DE, device=0x2331)
+    changed = {"host_devices": (device,)}
+    with pytest.raises(DeviceUnavailable) as refused:
+        async with running_guest(tmp_path, changed=changed):
+            pytest.fail("it started")
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(
+        f"the virtual machine did not start: QEMU cannot open device {HOST} of the host (/dev/vfio/12): vfio "
+    )
+    assert "; no other program may have it open" in line

@@ -18,6 +18,7 @@ from hypervisor.arch import MACHINES
 from hypervisor.errors import HostUnsupported
 from hypervisor.host import Host
 from hypervisor.qemu.capabilities import Capabilities
+from tests.support.fake_sysfs import FakeSysfs
 from tests.unit.hypervisor.test_confidential import TDX
 from tests.unit.hypervisor.test_confidential import host as host_with
 
@@ -321,3 +322,40 @@ def test_guests_of_other_architectures(
     assert said == [(Level.OK, False) if emulator else (Level.WARNING, True)]
     # The configured machine's own guest is looked at elsewhere.
     assert host_check.other_guests(replace(Qemu(), guest_dir=str(tmp_path), machine_type="virt")) == []
+
+
+def test_devices_of_the_host_that_no_guest_is_given(tmp_path: Path) -> None:
+    sysfs = FakeSysfs(tmp_path)
+    sysfs.pci("0000:3b:00.0", "12")
+    (finding,) = host_check.host_devices(Runtime(), Qemu(), sysfs.host)
+    assert (finding.level, finding.remedy) == (Level.NOTE, "")
+    assert finding.detail.endswith("this host has 1 IOMMU groups, vfio-pci not loaded, no IOMMUFD")
+
+
+def test_devices_of_the_host_that_are_ready(tmp_path: Path) -> None:
+    sysfs = FakeSysfs(tmp_path)
+    sysfs.pci("0000:3b:00.0", "12")
+    sysfs.own_file("0000:3b:00.0", "vfio0")
+    sysfs.pci("0000:3c:00.0", "2", driver="nvme")
+    (tmp_path / "sys/bus/pci/drivers/vfio-pci").mkdir(parents=True)
+    (finding,) = host_check.host_devices(Runtime(), Qemu(hot_plug_vfio="root-port"), sysfs.host)
+    assert (finding.level, finding.detail) == (Level.OK, "ready: 0000:3b:00.0; IOMMUFD")
+
+
+def test_what_a_host_lacks_to_give_devices_away(tmp_path: Path) -> None:
+    sysfs = FakeSysfs(tmp_path)
+    runtime = Runtime(vfio_mode="vfio", pod_resource_api_sock="/run/kubelet.sock")
+    qemu = Qemu(cold_plug_vfio="root-port", confidential_guest=True)
+    findings = host_check.host_devices(runtime, qemu, sysfs.host)
+    assert {finding.level for finding in findings} == {Level.WARNING}
+    assert [finding.remedy for finding in findings] == [
+        "enable the IOMMU in firmware and kernel (intel_iommu=on)",
+        "modprobe vfio-pci",
+        "modprobe iommufd, on Linux 6.6 or later",
+        "set enable_iommu = true",
+        "correct pod_resource_api_sock, or start the kubelet",
+    ]
+    sysfs.pci("0000:3c:00.0", "2", driver="nvme")
+    *_, last = host_check.host_devices(Runtime(), Qemu(hot_plug_vfio="root-port"), sysfs.host)
+    assert last.detail == "none of 1 IOMMU groups is bound to vfio-pci"
+    assert last.remedy.startswith("driverctl set-override ADDRESS vfio-pci binds a device")
