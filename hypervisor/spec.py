@@ -83,6 +83,12 @@ class Nic:
     """Let the host's kernel carry the packets where it can (`/dev/vhost-net`)."""
     parent: int = 0
     """Index of the interface in that namespace that the tap is a macvtap of; 0 makes an ordinary tap."""
+    existing: bool = False
+    """The tap is somebody else's, who has made it, and stays."""
+    vhost_user: Path | None = None
+    """A socket whose server carries the packets, in place of a tap."""
+    queue_size: int = 0
+    """Places in each queue, 256 to 1024; 0 is the VMM's own size."""
 
 
 @dataclass(frozen=True, kw_only=True)

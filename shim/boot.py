@@ -244,7 +244,7 @@ class Boot:
         if not self._debug:  # else containerd wants everything
             set_levels(loaded.config.runtime.log_level, loaded.config.hypervisor.log_level)
         if self._network is None:
-            self._network = network_of(pod, loaded.config, self._host.remember_network)
+            self._network = network_of(pod, loaded.config, self._sandbox_id, self._host.remember_network)
             self._undo.callback(self._network.close)
         exported = self._host.share.exported
         spec = plan(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from config import Config
     from config.schema import Qemu
     from hypervisor.qemu.machine import Machine
+    from shim.dan import DirectNetwork
     from shim.interfaces import Interface
     from shim.pod import Pod
 
@@ -214,27 +215,58 @@ class PodNetwork:
         crossing.join(self._rtnl, interface.link, self._settings, macvtap=self._macvtap)
 
 
-def network_of(pod: Pod, config: Config, remember: Callable[[Path, list[int]], None]) -> PodNetwork:
+class DirectPodNetwork(PodNetwork):
+    """A network that is as a file describes it (`shim.dan`). Packets are moved by others; nothing changes."""
+
+    def __init__(self, netns: Path | None, settings: Qemu, described: DirectNetwork) -> None:
+        from shim import dan
+
+        super().__init__(netns, settings, lambda netns, ifindexes: None, mirrored=False)
+        self._snapshot = dan.snapshot_of(described)
+        self.nics = dan.nics_of(described, vhost=not settings.disable_vhost_net)
+
+    def join(self) -> None:
+        """Done by others."""
+
+
+def network_of(
+    pod: Pod, config: Config, sandbox_id: str, remember: Callable[[Path, list[int]], None]
+) -> PodNetwork:
     """The pod's network as the configuration wants it. A pod that was given no namespace gets one of its own.
 
     Raises:
         HostUnsupported: a namespace that cannot be entered or made.
+        InvalidRequest: a description of a direct network that cannot be used.
         NetworkNotMirrored, OSError: what is in it cannot be brought to the guest.
     """
+    direct = None
+    if config.runtime.dan_conf:
+        from shim import dan
+
+        direct = dan.read(config.runtime.dan_conf, sandbox_id)
     try:
-        return _network_of(pod, config, remember)
+        return _network_of(pod, config, direct, remember)
     except OSError as err:  # of a system call: the host lacks something
         why = f"the virtual machine did not start: the pod's network: {err.strerror}"
         raise OSError(err.errno, why) from err
 
 
-def _network_of(pod: Pod, config: Config, remember: Callable[[Path, list[int]], None]) -> PodNetwork:
-    netns = pod.netns
+def _network_of(
+    pod: Pod,
+    config: Config,
+    direct: DirectNetwork | None,
+    remember: Callable[[Path, list[int]], None],
+) -> PodNetwork:
+    netns = Path(direct.netns) if direct is not None and direct.netns else pod.netns
     with ExitStack() as undo:
         if netns is None and not pod.host_network and not config.runtime.disable_new_netns:
             fd = new_netns()
             undo.callback(os.close, fd)
             netns = Path(f"/proc/self/fd/{fd}")
+        if direct is not None:
+            network: PodNetwork = DirectPodNetwork(netns, config.hypervisor, direct)
+            network.owns(undo.pop_all())
+            return network
         mirrored = netns is not None and config.runtime.internetworking_model != "none"
         if pod.host_network:
             log.warning("host_network_not_mirrored", reason="a guest has no part in the host's own network")

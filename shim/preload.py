@@ -54,6 +54,7 @@ LATE = (
     "shim.agent",
     "shim.api.gen.pod_pb2",
     "shim.confidential",
+    "shim.dan",
     "shim.host_sockets",
     "shim.kubelet",
     "shim.passthrough",

@@ -140,9 +140,9 @@ class Runtime(Section, frozen=True):
     dan_conf: Annotated[
         str,
         key(
-            "warned",
-            "Directory with one network description per sandbox, `<sandbox id>.json`.",
-            why="guests have the interfaces of their pod's network namespace and no others",
+            "now",
+            "Directory with descriptions of networks, `<sandbox id>.json`. A sandbox that has one gets the interfaces "
+            "in it, and not those of its network namespace; see docs/kubernetes.md.",
         ),
     ] = ""
     guest_selinux_label: Annotated[

@@ -25,7 +25,7 @@ Nodes = tuple[int, ...]
 """Of the host, in a property that QEMU takes once for each."""
 MemoryPolicy = Literal["bind"]
 # QEMU itself mixes both ways to separate words.
-_UNDERSCORED = frozenset({"chassis_nr", "iommu_platform"})
+_UNDERSCORED = frozenset({"chassis_nr", "iommu_platform", "rx_queue_size", "tx_queue_size"})
 
 
 class Switch(Protocol):

@@ -5,13 +5,15 @@ Loaded when a machine has one, or a place for one.
 
 from __future__ import annotations
 
+import socket
+import stat
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from hypervisor.arch import arch_named
-from hypervisor.errors import HotplugRefused, HypervisorError
+from hypervisor.errors import HostUnsupported, HotplugRefused, HypervisorError, InvalidSpec
 from hypervisor.netns import entered
 from hypervisor.qemu import commands
 from hypervisor.qemu.args import Device, Props, join_props
@@ -20,6 +22,7 @@ from hypervisor.tap import open_tap, open_vhost_net
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from hypervisor.arch import Arch
     from hypervisor.qemu import args
@@ -31,9 +34,10 @@ _FIRST_CHASSIS = 64
 
 
 class NicFds(NamedTuple):
-    """An interface's descriptors: one of the tap for each queue, and as many of vhost-net or none."""
+    """An interface's descriptors: one of the tap for each queue, and as many of vhost-net or none; none at all with a
+    vhost-user server."""
 
-    tap: tuple[int, ...]
+    tap: tuple[int, ...] = ()
     vhost: tuple[int, ...] = ()
 
 
@@ -51,6 +55,29 @@ class TapNetdev(Props):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ChardevClient(Props):
+    """`-chardev socket` that connects to a path."""
+
+    id: str
+    path: Path
+
+    def argv(self) -> list[str]:
+        return ["-chardev", join_props("socket", self)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class VhostUserNetdev(Props):
+    """`-netdev vhost-user`: a server at the other end of a socket carries the packets."""
+
+    id: str
+    chardev: str
+    queues: int | None
+
+    def argv(self) -> list[str]:
+        return ["-netdev", join_props("vhost-user", self)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class VirtioNet(Device):
     """A virtio network interface. Without `romfile` it would bring firmware to boot from, which only takes time."""
 
@@ -61,6 +88,8 @@ class VirtioNet(Device):
     romfile: str | None
     mq: bool | None
     vectors: int | None
+    rx_queue_size: int | None
+    tx_queue_size: int | None
 
     def properties(self) -> dict[str, object]:
         """For the monitor's device_add, which takes driver and id apart."""
@@ -122,10 +151,16 @@ class Interfaces:
 
 
 def opened(nic: Nic, undo: ExitStack) -> NicFds:
-    """Make the interface's tap in the current network namespace; `undo` closes our descriptors of it.
+    """Make the interface's tap in the current network namespace, or open the one that is there; `undo` closes our
+    descriptors.
 
     Raises HostUnsupported.
     """
+    if nic.vhost_user is not None:
+        _demand_socket(nic.vhost_user)
+        return NicFds()
+    if nic.existing:
+        _demand_tap(nic.tap)
     if nic.parent:
         from hypervisor.macvtap import open_macvtap
 
@@ -135,21 +170,60 @@ def opened(nic: Nic, undo: ExitStack) -> NicFds:
     return NicFds(tap, open_vhost_net(nic.queues, undo) if nic.vhost else ())
 
 
+def _demand_tap(name: str) -> None:
+    """Opening a tap that is not there would make one."""
+    if name not in (known for _, known in socket.if_nameindex()):
+        raise HostUnsupported(
+            f"there is no tap {name} in the machine's network namespace; who gives it makes it"
+        )
+
+
+def _demand_socket(path: Path) -> None:
+    """QEMU itself would name the path only; it connects by itself, since it does not take descriptors for this."""
+    try:
+        there = stat.S_ISSOCK(path.stat().st_mode)
+    except OSError:
+        there = False
+    if not there:
+        raise HostUnsupported(
+            f"there is no socket {path}; the server of a vhost-user interface has to listen there"
+        )
+
+
 def switches(spec: VmSpec, fds: Sequence[NicFds], arch: Arch) -> Iterator[args.Switch]:
     """The interfaces and the free ports for more: each has a port of its own, so each can be taken out again."""
     ports = _ports(spec, arch)
     for nic, nic_fds in zip(spec.nics, fds, strict=True):
         port = next(ports)
         yield from _port(port)
-        yield TapNetdev(
-            id=_netdev_id(nic.id),
-            fds=_joined(nic_fds.tap),
-            vhost=True if nic_fds.vhost else None,
-            vhostfds=_joined(nic_fds.vhost) if nic_fds.vhost else None,
-        )
-        yield _device(nic, arch, port)
+        yield from _netdev(nic, nic_fds, spec)
+        device = _device(nic, arch, port)
+        if nic.vhost_user is not None and spec.accel == "tcg" and port is not None:
+            # QEMU before 9.1 follows a pointer that only KVM sets when such a device signals by a message
+            # (CVE-2024-4693).
+            device = replace(device, vectors=0)
+        yield device
     for port in islice(ports, spec.nic_ports):
         yield from _port(port)
+
+
+def _netdev(nic: Nic, fds: NicFds, spec: VmSpec) -> Iterator[args.Switch]:
+    if nic.vhost_user is None:
+        yield TapNetdev(
+            id=_netdev_id(nic.id),
+            fds=_joined(fds.tap),
+            vhost=True if fds.vhost else None,
+            vhostfds=_joined(fds.vhost) if fds.vhost else None,
+        )
+        return
+    if spec.protection is not None:
+        raise InvalidSpec(
+            f"interface {nic.mac}: a vhost-user server cannot see the memory of a confidential guest"
+        )
+    chardev = f"{nic.id}-server"
+    yield ChardevClient(id=chardev, path=nic.vhost_user)
+    queues = nic.queues if nic.queues > 1 else None
+    yield VhostUserNetdev(id=_netdev_id(nic.id), chardev=chardev, queues=queues)
 
 
 def _ports(spec: VmSpec, arch: Arch) -> Iterator[str | None]:
@@ -177,6 +251,9 @@ def _device(nic: Nic, arch: Arch, bus: str | None) -> VirtioNet:
         mq=True if several else None,
         # Two for each queue pair, one for changes of the settings, one for the control queue.
         vectors=2 * nic.queues + 2 if several and pci else None,
+        rx_queue_size=nic.queue_size or None,
+        # QEMU itself carries no more than 256 at once.
+        tx_queue_size=nic.queue_size if nic.queue_size and nic.vhost_user else None,
     )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support import host
+from tests.support import host, vhost_user_server
 from tests.support.name_server import ADDRESS, NAME, answer_to, question, serving
 
 if TYPE_CHECKING:
@@ -362,6 +362,57 @@ def test_dockers_name_server(containerd: Containerd, wired: Namespace, tmp_path:
         answer = answer_to(asked_by_hand)
         assert done.stdout.endswith(len(answer).to_bytes(2, "big").hex() + answer.hex())
         assert set(asked) == {"udp", "tcp"}
+
+
+@pytest.mark.usefixtures("restored_configuration")
+def test_a_network_out_of_a_file(containerd: Containerd, wired: Namespace, tmp_path: Path) -> None:
+    """A tap and a vhost-user server that are there already; the namespace's own interface is not the guest's."""
+    with containerd.config.open("a") as file:
+        file.write(f'\n[runtime]\ndan_conf = "{tmp_path}"\n')
+    wired.ip("tuntap add given mode tap vnet_hdr")
+    wired.ip("address add 10.215.0.1/24 dev given")
+    wired.ip("link set given up")
+    container, options = containerd.new_id(), ["--rm", "--with-ns", f"network:{wired.path}"]
+    server = tmp_path / "port.sock"
+    devices = [
+        {
+            "name": "lan0",
+            "guest_mac": "0a:58:0a:d7:00:02",
+            "device": {"type": "host-tap", "tap_name": "given"},
+            "network_info": {
+                "interface": {"ip_addresses": ["10.215.0.2/24"], "mtu": 1400},
+                "routes": [{"gateway": "10.215.0.1"}],
+            },
+        },
+        {
+            "name": "lan1",
+            "guest_mac": "0a:58:0a:d7:00:03",
+            "device": {"type": "vhost-user", "path": str(server), "queue_size": 1024},
+            "network_info": {"interface": {"ip_addresses": ["10.216.0.2/24"]}},
+        },
+    ]
+    described = tmp_path / f"{container}.json"
+    script = "ip link; ip -4 address; ip route; ping -c 1 -W 10 10.215.0.1"
+    for problem in (f"there is no socket {server}; the server", "there is no tap gone in the machine's"):
+        described.write_text(
+            json.dumps({"devices": devices}).replace('"given"', '"gone"' if "gone" in problem else '"given"')
+        )
+        done = containerd.run("true", container=container, options=options)
+        assert done.returncode != 0
+        assert problem in done.stderr
+        containerd.ctr("containers", "rm", container)
+    described.write_text(json.dumps({"devices": devices}))
+    with vhost_user_server.serving(server) as asked:
+        done = containerd.run("sh", "-c", script, container=container, options=options)
+        assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    assert re.search(r"lan0: .*mtu 1400.*\n +link/ether 0a:58:0a:d7:00:02", done.stdout)
+    assert re.search(r"lan1: .*mtu 1500.*\n +link/ether 0a:58:0a:d7:00:03", done.stdout)
+    for words in ("10.215.0.2/24", "10.216.0.2/24", "default via 10.215.0.1 dev lan0"):
+        assert words in done.stdout
+    assert "eth0" not in done.stdout
+    # The guest's driver has got as far as to use the queues.
+    assert vhost_user_server.SET_VRING_KICK in asked
+    assert "given" in wired.ip("-br link")
 
 
 def test_a_killed_shim_leaves_nothing_on_the_pods_interface(containerd: Containerd, wired: Namespace) -> None:

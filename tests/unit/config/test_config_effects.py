@@ -68,10 +68,6 @@ def test_a_kata_file_loads_with_an_initrd(site: Site, column: str) -> None:
                 "sandbox_cgroup_only",
                 "host processes stay in the control group that containerd starts shims in",
             ),
-            (
-                "dan_conf",
-                "guests have the interfaces of their pod's network namespace and no others",
-            ),
         )
     )
 

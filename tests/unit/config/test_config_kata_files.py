@@ -18,17 +18,17 @@ FILES = {
     "path": "qemu", "kernel": "kernel", "image": "image", "initrd": "initrd", "firmware": "firmware",
     "virtio_fs_daemon": "virtiofsd",
 }  # fmt: skip
-# What each file warns of. The pod's own control group is the host's affair, and nothing here has a network yet.
-GROUP, NETWORK = "runtime.sandbox_cgroup_only", "runtime.dan_conf"
+# What each file warns of. The pod's own control group is the host's affair.
+GROUP = "runtime.sandbox_cgroup_only"
 WARNED = {
-    "plain_4_1": {GROUP, NETWORK},
+    "plain_4_1": {GROUP},
     "plain_3_26": set[str](),
-    "tdx_4_1": {GROUP, NETWORK},
-    "tdx_3_26": {NETWORK},
-    "snp_4_1": {GROUP, NETWORK},
-    "snp_3_26": {NETWORK},
+    "tdx_4_1": {GROUP},
+    "tdx_3_26": set[str](),
+    "snp_4_1": {GROUP},
+    "snp_3_26": set[str](),
     "se_4_1": {
-        *(GROUP, NETWORK),
+        GROUP,
         *("runtime.vfio_mode", "hypervisor.qemu.cold_plug_vfio", "hypervisor.qemu.disable_vhost_net"),
     },
 }

@@ -28,6 +28,7 @@ CASES = sorted(GOLDEN.glob("*/*.toml"))
 PATHS = {
     *("run_dir", "qemu_path", "kernel", "initrd", "image", "firmware", "netns", "directory", "daemon"),
     *("memory_dir", "pflash", "image_initrd", "initdata", "entropy_source", "dump_dir", "own_file"),
+    "vhost_user",
 }
 
 
@@ -63,7 +64,7 @@ def read_case(path: Path) -> tuple[VmSpec, Fds]:
     shares = tuple(Share(**typed(share)) for share in table.pop("shares", []))
     exports = tuple(Export(**typed(export)) for export in table.pop("exports", []))
     numa = tuple(NumaNode(**typed(node)) for node in table.pop("numa", []))
-    nics = tuple(Nic(**nic) for nic in table.pop("nics", []))
+    nics = tuple(Nic(**typed(nic)) for nic in table.pop("nics", []))
     verity = Verity(**table.pop("verity")) if "verity" in table else None
     protected = protection(table.pop("protection")) if "protection" in table else None
     host_devices = tuple(HostDevice(**typed(device)) for device in table.pop("host_devices", []))

@@ -73,6 +73,11 @@ POD = {
 }
 # What every network namespace has.
 ETH0 = Interface(Link(2, "eth0", "0a:58:0a:d5:00:02", 1500, IFF_UP, "veth"), ())
+DIRECT = {
+    "name": "eth0",
+    "guest_mac": "0a:58:0a:d6:09:09",
+    "device": {"type": "host-tap", "tap_name": "tap0"},
+}
 # Asked at any time, and with the time of day.
 UNTOLD = ("GetOOMEvent", "SetGuestDateTime")
 LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -184,6 +189,8 @@ async def done_by(
         wanted = {"path": host_device, "type": "c", "major": 240, "minor": 0}
         spec = spec | {"linux": {**spec["linux"], "devices": [wanted]}}
     (folder / "config.json").write_text(json.dumps(spec))
+    (folder / "dans").mkdir(exist_ok=True)
+    (folder / "dans" / "s1.json").write_text(json.dumps({"devices": [DIRECT]}))
     seen: list[str] = []
     with monkeypatch.context() as patch, capture_logs() as logs:
         patch.setattr(paths, "RUN_ROOT", str(folder / "run"))

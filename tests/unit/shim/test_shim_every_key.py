@@ -263,6 +263,7 @@ NOW: dict[str, Shown] = {
     RUNTIME + "agent_name": Shown('"other"', "runtime.agent_name: want kata"),
     RUNTIME + "internetworking_model": Shown('"none"', "virtio-net-pci,", gone=True),
     RUNTIME + "enable_vcpus_pinning": Shown("true", "monitor: query-cpus-fast"),
+    RUNTIME + "dan_conf": Shown('"@/dans"', "mac=0a:58:0a:d6:09:09"),
     RUNTIME + "disable_new_netns": Shown("true", "netns=None"),
     RUNTIME + "disable_guest_seccomp": Shown("true", "SCMP_ACT_ERRNO", gone=True),
     RUNTIME + "static_sandbox_resource_mgmt": Shown("true", "-m\n300M\n"),
@@ -298,7 +299,6 @@ OTHERS: dict[str, dict[str, str]] = {
         RUNTIME + "enable_tracing": "true",
         RUNTIME + "sandbox_cgroup_only": "true",
         RUNTIME + "enable_pprof": "true",
-        RUNTIME + "dan_conf": '"/run/dans"',
         "factory.vm_cache_number": "1",
     },
     "refused": {

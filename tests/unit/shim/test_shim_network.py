@@ -11,6 +11,7 @@ import select
 import socket
 import subprocess
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from structlog.testing import capture_logs
 from config.schema import Qemu
 from hypervisor.errors import HostUnsupported, HotplugRefused
 from hypervisor.qemu.nic import opened
+from hypervisor.spec import Nic
 from shim.errors import NetworkNotMirrored
 from shim.network import PodNetwork, forget
 from tests.support.namespaces import in_network_namespace
@@ -27,8 +29,6 @@ from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    from hypervisor.spec import Nic
 
 OWN = "/proc/self/ns/net"
 
@@ -322,6 +322,28 @@ def test_macvtaps_are_made_opened_and_removed() -> None:
         forget(OWN, remembered[-1])
         assert macvtaps() == []
         network.close()
+
+    in_network_namespace(work)
+
+
+def test_taps_with_several_queues_and_taps_of_others() -> None:
+    def work() -> None:
+        with ExitStack() as undo:
+            own = Nic(id="nic2", mac="0a:58:0a:d5:00:02", tap="tap2_kata", queues=3)
+            assert len(opened(own, undo).tap) == 3
+            shown = ip("-d link show tap2_kata")
+            for words in ("type tap", "vnet_hdr on", "multi_queue numqueues 3"):
+                assert words in shown
+        assert "tap2_kata" not in ip("link")
+        theirs = replace(own, tap="given", queues=1, existing=True)
+        with pytest.raises(HostUnsupported, match="there is no tap given"), ExitStack() as undo:
+            opened(theirs, undo)
+        ip("tuntap add given mode tap")
+        with ExitStack() as undo:
+            assert len(opened(theirs, undo).tap) == 1
+            with pytest.raises(HostUnsupported, match="cannot make the tap given: the name is taken"):
+                opened(theirs, undo)
+        assert "given" in ip("link")
 
     in_network_namespace(work)
 
