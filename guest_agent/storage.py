@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from agent_proto.gen import agent_pb2
+    from guest_agent.hugepages import Reservation
     from guest_agent.modules import Modules
 
     Handler = Callable[["agent_pb2.Storage"], None]
@@ -37,6 +38,8 @@ class Storages:
         self._users: dict[str, set[str]] = {}
         self._made: set[str] = set()
         self._on_disks: set[str] = set()
+        # By mount point and user.
+        self._huge_pages: dict[tuple[str, str], Reservation] = {}
         self._handlers: dict[str, Handler] = {
             "virtio-fs": self._mount_as_is,
             "9p": self._mount_9p,
@@ -80,12 +83,32 @@ class Storages:
             raise InvalidRequest(f"storage mount point {storage.mount_point!r} is not an absolute path")
         users = self._users.get(storage.mount_point)
         if users is not None:
-            fresh = user not in users
+            if user in users:
+                return False
+            self._reserve(storage, user)
             users.add(user)
-            return fresh
-        self._mount(handler, storage)
+            return True
+        self._reserve(storage, user)
+        try:
+            self._mount(handler, storage)
+        except BaseException:
+            self._give_back(storage.mount_point, user)
+            raise
         self._users[storage.mount_point] = {user, SANDBOX_USER} if storage.shared else {user}
         return True
+
+    def _reserve(self, storage: agent_pb2.Storage, user: str) -> None:
+        """The huge pages that this user of the storage needs, beside those of the others."""
+        if storage.fstype == "hugetlbfs":
+            from guest_agent.hugepages import Reservation, sizes
+
+            page_bytes, size_bytes, _ = sizes(list(storage.options))
+            self._huge_pages[storage.mount_point, user] = Reservation(page_bytes, size_bytes)
+
+    def _give_back(self, mount_point: str, user: str) -> None:
+        reservation = self._huge_pages.pop((mount_point, user), None)
+        if reservation is not None:
+            reservation.give_back()
 
     def _mount(self, handler: Handler, storage: agent_pb2.Storage) -> None:
         if not os.path.lexists(storage.mount_point):
@@ -125,6 +148,7 @@ class Storages:
         if not users:
             del self._users[mount_point]
             self._unmount(mount_point)
+        self._give_back(mount_point, user)
 
     def _unmount(self, mount_point: str) -> None:
         self._on_disks.discard(mount_point)
@@ -170,7 +194,7 @@ class Storages:
 
     def _mount_ephemeral(self, storage: agent_pb2.Storage) -> None:
         os.makedirs(storage.mount_point, exist_ok=True)
-        mount(storage.source, storage.mount_point, storage.fstype, _without_fsgid(storage.options))
+        mount(storage.source, storage.mount_point, storage.fstype, _for_mounting(storage))
         try:
             _apply_fsgid(storage)
         except BaseException:
@@ -258,6 +282,15 @@ def _option(options: Iterable[str], name: str) -> str | None:
 
 def _without_fsgid(options: Iterable[str]) -> list[str]:
     return [option for option in options if not option.startswith("fsgid=")]
+
+
+def _for_mounting(storage: agent_pb2.Storage) -> list[str]:
+    if storage.fstype == "hugetlbfs":
+        from guest_agent.hugepages import sizes
+
+        # What was reserved limits it: the next user brings more.
+        return sizes(list(storage.options))[2]
+    return _without_fsgid(storage.options)
 
 
 def _number(text: str, base: int, storage: agent_pb2.Storage) -> int:

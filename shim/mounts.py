@@ -25,6 +25,7 @@ _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_OPENAT2, _SYS_MOUNT_SETATTR = 428, 429, 437, 442
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000  # linux/fcntl.h
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4  # linux/mount.h
+_TMPFS_MAGIC, _HUGETLBFS_MAGIC = 0x01021994, 0x958458F6  # linux/magic.h
 _RESOLVE_IN_ROOT = 0x10  # linux/openat2.h
 # The kernel copies one page of mount data and cuts off the rest without a word (fs/namespace.c).
 _DATA_LIMIT = os.sysconf("SC_PAGESIZE") - 1
@@ -237,6 +238,24 @@ def restrictions(descriptor: int) -> tuple[str, ...]:
     """Which of nosuid, nodev and noexec the mount has that a descriptor is in."""
     flags = os.fstatvfs(descriptor).f_flag  # the values of ST_NOSUID and so on are those of MS_NOSUID
     return tuple(name for name in ("nosuid", "nodev", "noexec") if flags & FLAGS[name][0])
+
+
+def in_memory(path: str) -> bool:
+    """Whether a path is in a file system that is in the host's memory. Raises OSError."""
+    return _statfs(path)[0] in (_TMPFS_MAGIC, _HUGETLBFS_MAGIC)
+
+
+def huge_page_bytes(path: str) -> int:
+    """The size of a page where a path is in a file system of huge pages, else 0. Raises OSError."""
+    kind, block_bytes = _statfs(path)
+    return block_bytes if kind == _HUGETLBFS_MAGIC else 0
+
+
+def _statfs(path: str) -> tuple[int, int]:
+    answer = ctypes.create_string_buffer(256)  # struct statfs begins with the type and the size of a block
+    _check(_libc.statfs(os.fsencode(path), answer), "cannot look at the file system", path)
+    kind, block_bytes = struct.unpack_from("@ll", answer)
+    return kind, block_bytes
 
 
 def _open_tree(source: str, flags: int, namespace: int | None) -> int:

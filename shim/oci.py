@@ -14,6 +14,7 @@ import structlog
 
 from agent_proto import oci_json
 from agent_proto.gen import agent_pb2, oci_pb2
+from shim import mounts
 from shim.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ _NAMES = ("io.kubernetes.cri.container-name", "io.kubernetes.cri-o.ContainerName
 _KUBELETS = re.compile(
     r"/pods/[^/]+/volumes/kubernetes\.io~(configmap|secret|projected|downward-api)/[^/]+/?\Z"
 )
+_EPHEMERAL_DIR = "/run/kata-containers/sandbox/ephemeral"
+# Of a limit's size of pages (runtime-spec config-linux.md, "Huge page limits").
+_UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}
 _EMPTY_DIRS = re.compile(r"/pods/[^/]+/volumes/kubernetes\.io~empty-dir/[^/]+/?\Z")
 
 
@@ -194,20 +198,56 @@ def is_kubelets(source: str, options: Collection[str]) -> bool:
     return "ro" in options and _KUBELETS.search(source) is not None
 
 
-def check_empty_dir(source: str, mode: str) -> None:
-    """Whether an `emptyDir` volume can be had in the way that `emptydir_mode` asks for. One that is a mount of the host
-    is in memory and no concern of that.
+def check_empty_dir(source: str, place: str, mode: str) -> None:
+    """Whether an `emptyDir` volume can be had in the way that `emptydir_mode` asks for; one in memory is no concern of
+    that. `place` is where this process has it.
 
     Raises:
         InvalidRequest: it cannot.
+        OSError: it cannot be looked at.
     """
-    if mode != "shared-fs" and _EMPTY_DIRS.search(source) and not os.path.ismount(source):
+    if mode != "shared-fs" and _EMPTY_DIRS.search(source) and not mounts.in_memory(place):
         what = "an encrypted disk" if mode == "block-encrypted" else "a disk"
         raise InvalidRequest(
             f"emptyDir {os.path.basename(source.rstrip('/'))}: emptydir_mode asks for {what} of the guest, which no "
             "guest of this version has, and it would be a plain directory of the host; set emptydir_mode of [runtime] "
             "to shared-fs, or give the volume medium: Memory"
         )
+
+
+def huge_pages_storage(source: str, place: str, spec: oci_pb2.Spec) -> agent_pb2.Storage | None:
+    """What the guest mounts for an `emptyDir` of huge pages, None for any other source. The pages are the guest's, as
+    many as the container may have of that size; files in them stay as long as the pod. `place` as above.
+
+    Raises:
+        OSError: the source cannot be looked at.
+    """
+    page_bytes = mounts.huge_page_bytes(place) if _EMPTY_DIRS.search(source) else 0
+    if not page_bytes:
+        return None
+    limits = spec.Linux.Resources.HugepageLimits
+    wanted = sum(limit.Limit for limit in limits if _page_bytes(limit.Pagesize) == page_bytes)
+    owner = os.stat(place)
+    return agent_pb2.Storage(
+        driver="ephemeral",
+        source="nodev",
+        fstype="hugetlbfs",
+        options=[
+            f"pagesize={page_bytes},size={wanted}",
+            f"mode={owner.st_mode & 0o1777:o}",
+            f"uid={owner.st_uid}",
+            # The group that a kubelet has given it (fsGroup) gets all that is made in it.
+            *([f"fsgid={owner.st_gid}"] if owner.st_gid else []),
+        ],
+        mount_point=f"{_EPHEMERAL_DIR}/{os.path.basename(source.rstrip('/'))}",
+        shared=True,
+    )
+
+
+def _page_bytes(size: str) -> int:
+    """ "2MB" as bytes; 0 for what is no size."""
+    number, unit = size[:-2], size[-2:]
+    return int(number) * _UNITS[unit] if number.isdecimal() and unit in _UNITS else 0
 
 
 def _fill(message: Message, raw: dict[str, Any], where: str) -> None:

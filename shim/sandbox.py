@@ -286,7 +286,7 @@ class Sandbox:
                 architecture.fit_seccomp(spec.Linux.Seccomp, self._boot.config.hypervisor.machine_type)
             self._boot.devices.edit(spec, wanted)
             self._add_pod_settings(spec)
-            kubelets = self._share_mounts(spec, bundle, undo)
+            kubelets, storages = self._share_mounts(spec, bundle, undo)
             guest, machine = await self._guest()
             await self._mirror(kubelets, guest, undo)
             assert self._sizing is not None
@@ -300,6 +300,7 @@ class Sandbox:
                 devices=devices,
                 exec_id=request.container_id,
                 OCI=spec,
+                storages=storages,
                 sandbox_pidns=joins_pidns,
                 shared_mounts=oci.shared_mounts(spec, self._boot.config.runtime.shared_mounts),
             )
@@ -423,10 +424,12 @@ class Sandbox:
             if name not in spec.Linux.Sysctl:
                 spec.Linux.Sysctl[name] = value
 
-    def _share_mounts(self, spec: OciSpec, bundle: Bundle, undo: ExitStack) -> list[tuple[str, OciMount]]:
+    def _share_mounts(
+        self, spec: OciSpec, bundle: Bundle, undo: ExitStack
+    ) -> tuple[list[tuple[str, OciMount]], list[agent_pb2.Storage]]:
         """Make host directories and files of the spec's mounts reachable in the guest, and name them so. Returns those
-        that a kubelet changes, each with its source on the host."""
-        kubelets = []
+        that a kubelet changes, each with its source on the host, and what the guest has to mount itself."""
+        kubelets, storages = [], []
         for mount in spec.Mounts:
             if oci.is_pods_shm(mount, (self.id, bundle.container_id)):
                 mount.type, mount.source = "bind", f"{_SANDBOX_DIR}/shm"
@@ -434,13 +437,17 @@ class Sandbox:
             elif oci.is_bind(mount):
                 # A relative source is relative to the bundle (runtime-spec config.md, "Mounts").
                 source = str(bundle.path / mount.source)
-                oci.check_empty_dir(source, self._boot.config.runtime.emptydir_mode)
                 mount.source, inherited = self._share.add_volume(source, mount.options, undo)
+                place = str(self._share.on_host(mount.source))
+                oci.check_empty_dir(source, place, self._boot.config.runtime.emptydir_mode)
+                if (storage := oci.huge_pages_storage(source, place, spec)) is not None:
+                    storages.append(storage)
+                    mount.source = storage.mount_point
                 if oci.is_kubelets(source, mount.options):
                     kubelets.append((source, mount))
                 mount.options.extend(inherited)
                 mount.type = "bind"
-        return kubelets
+        return kubelets, storages
 
     async def _mirror(self, kubelets: Sequence[tuple[str, OciMount]], guest: Guest, undo: ExitStack) -> None:
         """Where the guest can have a copy of a volume that tells of its changes, the container gets that."""

@@ -29,6 +29,9 @@ _FOLLOWING = frozenset({"slave", "rslave", "shared", "rshared"})
 GUEST_PASSTHROUGH = f"{GUEST_ROOT}/passthrough"
 # Snapshotters describe images in options of mounts when Kata's agent is to mount these.
 _GUESTS_OPTION = "io.katacontainers."
+# Types of mounts that containerd 2.2 and later turn into others before a runtime gets them, for example those of its
+# snapshotter erofs.
+_MANAGED = ("format/", "mkfs/", "mkdir/")
 
 
 class SharedDir:
@@ -88,6 +91,12 @@ class SharedDir:
                         f"the root file system of container {container_id} has the option {option.split('=')[0]}, "
                         "of an image that its guest is to mount: not supported in this version; use another snapshotter"
                     )
+            if kind := next((word for word in _MANAGED if mount.type.startswith(word)), ""):
+                raise InvalidRequest(
+                    f"the root file system of container {container_id} has a mount of type {mount.type}, and {kind} is "
+                    "containerd's to carry out: not supported in this version; let containerd activate such "
+                    "mounts, or use the snapshotter overlayfs"
+                )
             # Inside of what is mounted there already, whose symlinks must not lead anywhere else.
             place = mounts.path_in_root(str(target), mount.target or ".")
             # One detaching per mount: they may lie on top of each other. What lies below goes with them.

@@ -9,7 +9,7 @@ import pytest_asyncio
 
 from agent_proto.gen import agent_pb2 as pb
 from agent_proto.gen import oci_pb2
-from tests.vm.guest import MARKS, Guest, process, running_guest, specification
+from tests.vm.guest import MARKS, Guest, execute, process, running_guest, specification
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 pytestmark = MARKS
 
 SHM = "/run/kata-containers/sandbox/shm"
+MIB = 1 << 20
 SOME = ["CAP_CHOWN", "CAP_KILL"]
 #: What a guest of these kernels knows, CAP_CHOWN to CAP_CHECKPOINT_RESTORE.
 ALL_CAPABILITIES = 0x1FFFFFFFFFF
@@ -305,3 +306,49 @@ async def test_statistics_of_memory_and_processes(guest: Guest) -> None:
     assert answer.cgroup_stats.pids_stats.current in (1, 2)
     assert "2MB" in answer.cgroup_stats.hugetlb_stats
     await guest.remove(container_id)
+
+
+def huge(pages: int) -> pb.Storage:
+    """A volume of huge pages of 2 MiB."""
+    return pb.Storage(
+        driver="ephemeral",
+        source="nodev",
+        fstype="hugetlbfs",
+        options=[f"pagesize={2 * MIB},size={2 * MIB * pages}", "mode=755", "uid=0", "fsgid=3000"],
+        mount_point="/run/kata-containers/sandbox/ephemeral/huge",
+    )
+
+
+async def huge_pages(guest: Guest) -> tuple[int, int]:
+    """How many the guest has, and how many of these nobody uses."""
+    text = await said(guest, plain(), "cat /proc/meminfo")
+    values = dict(line.split()[:2] for line in text.splitlines())
+    return int(values["HugePages_Total:"]), int(values["HugePages_Free:"])
+
+
+async def test_huge_pages_for_a_volume(guest: Guest) -> None:
+    spec = plain()
+    spec.Mounts.add(destination="/huge", type="bind", source=huge(0).mount_point, options=["rbind"])
+    script = "stat -c '%g %a' /huge && busybox fallocate -l 4194304 /huge/file && sleep 1000"
+    spec.Process.Args[:] = ["sh", "-c", script]
+    container_id = guest.new_id()
+    request = pb.CreateContainerRequest(container_id=container_id, OCI=spec, storages=[huge(4)])
+    await guest.agent.create_container(request)
+    assert await huge_pages(guest) == (4, 4)
+    await guest.agent.start_container(pb.StartContainerRequest(container_id=container_id))
+    read = pb.ReadStreamRequest(container_id=container_id, len=100)
+    assert (await guest.agent.read_stdout(read)).data == b"3000 2775\n"
+    await execute(guest, container_id, "size", "sh", "-c", "until [ -s /huge/file ]; do :; done")
+    assert await guest.wait(container_id, "size") == 0
+    assert await huge_pages(guest) == (4, 2)
+    await guest.remove(container_id)
+    assert await huge_pages(guest) == (0, 0)
+
+
+async def test_more_huge_pages_than_there_is_memory(guest: Guest) -> None:
+    spec = plain()
+    request = pb.CreateContainerRequest(container_id=guest.new_id(), OCI=spec, storages=[huge(1000)])
+    with pytest.raises(RpcError, match=r"memory for \d+ of 1000 huge pages of 2048 KiB") as caught:
+        await guest.agent.create_container(request)
+    assert caught.value.code is Code.FAILED_PRECONDITION
+    assert await huge_pages(guest) == (0, 0)

@@ -418,3 +418,21 @@ def test_larger_shared_memory_of_the_users(pod: Pod, tmp_path: Path) -> None:
         # Not df, which takes all that comes from the host for one file system.
         blocks, size = pod.exec(container, "stat", "-f", "-c", "%b %S", "/dev/shm").split()
         assert int(blocks) * int(size) == 100 * MIB
+
+
+def test_huge_pages_are_the_guests(pod: Pod, tmp_path: Path) -> None:
+    """The host's file system of huge pages says of which size they are to be; it has none itself here."""
+    source = tmp_path / "pods" / "uid" / "volumes" / "kubernetes.io~empty-dir" / "huge"
+    source.mkdir(parents=True)
+    with mounted(["-t", "hugetlbfs", "-o", f"pagesize=2M,mode=0775,gid={GROUP}", "nodev", source], source):
+        limit = pb.HugepageLimit(page_size="2MB", limit=4 * MIB)
+        resources = pb.LinuxContainerResources(hugepage_limits=[limit])
+        container = pod.run(
+            "huge", mounts=[volume(source, "/huge")], linux=pb.LinuxContainerConfig(resources=resources)
+        )
+        line = pod.exec(container, "grep", " /huge ", "/proc/mounts").split()
+        assert (line[2], "pagesize=2M" in line[3].split(",")) == ("hugetlbfs", True)
+        assert pod.exec(container, "stat", "-c", "%g %a", "/huge") == f"{GROUP} 2775\n"
+        reserved = pod.exec(container, "grep", "HugePages_Total", "/proc/meminfo").split()[1]
+        # containerd passes such limits on only where the host has the controller for them.
+        assert reserved in ("0", "2")

@@ -26,7 +26,7 @@ from hypervisor.qemu.cmdline import Fds, build_cmdline
 from hypervisor.qemu.nic import NicFds
 from netlink.objects import IFF_UP, Link
 from shim import agent as agent_of_shim
-from shim import agent_log, boot, crossing, network, passthrough, paths, sandbox
+from shim import agent_log, boot, crossing, mounts, network, passthrough, paths, sandbox
 from shim.agent import connected
 from shim.errors import ShimError
 from shim.interfaces import Interface, Snapshot
@@ -206,6 +206,8 @@ async def done_by(
         patch.setattr(network, "scan", lambda rtnl: Snapshot((ETH0,)))
         patch.setattr(crossing, "join", partial(_join, seen))
         patch.setattr(crossing, "part", lambda rtnl, ifindex: None)
+        # Whatever the tests' own directories are on.
+        patch.setattr(mounts, "in_memory", lambda path: False)
         patch.setattr(boot, "booted", lambda spec, listeners: _booted(spec, folder, seen))
         patch.setattr(agent_log, "forward", lambda machine, port, least: _forward(seen, port, least))
         patch.setattr(agent_of_shim, "connected", lambda *args: _connected(seen, *args))

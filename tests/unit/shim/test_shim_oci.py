@@ -382,24 +382,41 @@ def test_volumes_on_dev_shm_are_the_users(mount: dict[str, Any], pods: bool) -> 
     assert not oci.is_pods_shm(spec.Mounts[0], ("S", "C"))
 
 
+VOLUMES = "/var/lib/kubelet/pods/1-2/volumes"
+EMPTY_DIR = f"{VOLUMES}/kubernetes.io~empty-dir/cache"
+
+
 @pytest.mark.parametrize("mode", ["block-plain", "block-encrypted"])
-def test_empty_dirs_are_not_passed_off_as_disks(mode: str) -> None:
-    volumes = "/var/lib/kubelet/pods/1-2/volumes"
-    with pytest.raises(
-        InvalidRequest, match=r"^emptyDir cache: emptydir_mode asks for an? .*disk.* to shared-fs"
-    ):
-        oci.check_empty_dir(f"{volumes}/kubernetes.io~empty-dir/cache/", mode)
-    oci.check_empty_dir(f"{volumes}/kubernetes.io~empty-dir/cache", "shared-fs")
-    oci.check_empty_dir(f"{volumes}/kubernetes.io~empty-dir/cache/below", mode)
-    oci.check_empty_dir(f"{volumes}/kubernetes.io~configmap/cache", mode)
+def test_empty_dirs_are_not_passed_off_as_disks(tmp_path: Path, mode: str) -> None:
+    def inside() -> None:
+        # Whatever the tests' own directories are on.
+        mounts.mount("none", str(tmp_path), "ramfs")
+        with pytest.raises(
+            InvalidRequest, match=r"^emptyDir cache: emptydir_mode asks for an? .*disk.* to shared-fs"
+        ):
+            oci.check_empty_dir(f"{EMPTY_DIR}/", str(tmp_path), mode)
+        oci.check_empty_dir(EMPTY_DIR, str(tmp_path), "shared-fs")
+        oci.check_empty_dir(f"{EMPTY_DIR}/below", str(tmp_path), mode)
+        oci.check_empty_dir(f"{VOLUMES}/kubernetes.io~configmap/cache", str(tmp_path), mode)
+        mounts.mount("tmpfs", str(tmp_path), "tmpfs")
+        oci.check_empty_dir(EMPTY_DIR, str(tmp_path), mode)
+
+    in_mount_namespace(inside)
 
 
-def test_empty_dirs_in_memory_need_no_disk(tmp_path: Path) -> None:
-    source = tmp_path / "pods" / "1-2" / "volumes" / "kubernetes.io~empty-dir" / "cache"
-    source.mkdir(parents=True)
+def test_empty_dirs_of_huge_pages_are_the_guests(tmp_path: Path) -> None:
+    limits = [{"pageSize": "2MB", "limit": 8 << 20}, {"pageSize": "1GB", "limit": 1 << 30}]
+    spec = oci.spec_to_proto({"linux": {"resources": {"hugepageLimits": limits}}}, "config.json")
 
     def inside() -> None:
-        mounts.mount("tmpfs", str(source), "tmpfs")
-        oci.check_empty_dir(str(source), "block-encrypted")
+        mounts.mount("tmpfs", str(tmp_path), "tmpfs")
+        assert oci.huge_pages_storage(EMPTY_DIR, str(tmp_path), spec) is None
+        mounts.mount("nodev", str(tmp_path), "hugetlbfs", 0, "pagesize=2M,mode=775,gid=3000")
+        storage = oci.huge_pages_storage(f"{EMPTY_DIR}/", str(tmp_path), spec)
+        assert storage is not None
+        assert (storage.driver, storage.fstype, storage.shared) == ("ephemeral", "hugetlbfs", True)
+        assert storage.options == [f"pagesize={2 << 20},size={8 << 20}", "mode=775", "uid=0", "fsgid=3000"]
+        assert storage.mount_point == "/run/kata-containers/sandbox/ephemeral/cache"
+        assert oci.huge_pages_storage("/dev/hugepages", str(tmp_path), spec) is None
 
     in_mount_namespace(inside)

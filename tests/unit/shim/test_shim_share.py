@@ -416,3 +416,16 @@ def test_tree_with_a_mount_is_not_removed(root: Path) -> None:
 
     in_mount_namespace(inside)
     assert (data / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["format/mkdir/overlay", "mkfs/ext4", "mkdir/bind"])
+def test_mounts_that_only_containerd_can_make(run: Run, root: Path, kind: str) -> None:
+    def work(share: SharedDir) -> None:
+        rootfs = [Mount(type=kind, source="overlay", options=["lowerdir={{ overlay 0 1 }}"])]
+        with (
+            ExitStack() as undo,
+            pytest.raises(InvalidRequest, match=f"c1 has a mount of type {kind}, .*overlayfs$"),
+        ):
+            share.add_rootfs("c1", rootfs, root, undo)
+
+    run(work)
