@@ -1,51 +1,23 @@
-"""A container's verbs, with their order and what is undone when one fails."""
+"""A container's verbs: what each does in which state."""
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
-import socket
-import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from oci_engine import hooks
-from oci_engine.cgroups.base import signal_each
-from oci_engine.cgroups.find import find_cgroup, known_cgroup
-from oci_engine.errors import EngineError, HookFailed, NotFound, SetupFailed, SpecError, StateConflict
-from oci_engine.mounts import clone_tree
-from oci_engine.plan import Plan
-from oci_engine.planner import CLONE_FLAGS, FILES, plan_namespaces, plan_process, plan_root
-from oci_engine.reader import Reader
-from oci_engine.resources_spec import read_resources
-from oci_engine.spawn import spawn
-from oci_engine.spec import read_process, read_spec
-from oci_engine.state import (
-    CREATED,
-    CREATING,
-    PAUSED,
-    RUNNING,
-    STOPPED,
-    Status,
-    Store,
-    has_fifo,
-    is_alive,
-    start_time,
-)
+from oci_engine.cgroups.base import remove_cgroup, signal_each
+from oci_engine.cgroups.find import known_cgroup
+from oci_engine.errors import HookFailed, NotFound, SetupFailed, StateConflict
+from oci_engine.state import CREATED, CREATING, PAUSED, RUNNING, STOPPED, Status, Store, has_fifo, is_alive
 
 if TYPE_CHECKING:
-    from oci_engine.cgroups.base import Cgroup
-    from oci_engine.options import CreateOptions, ExecOptions, Streams
-    from oci_engine.plan import RootPlan
-    from oci_engine.spawn import Spawned
-    from oci_engine.spec import Process, Spec
+    from oci_engine.options import CreateOptions, ExecOptions
 
-# A group is busy for a moment after its last process was killed. The figures are those of other runtimes.
-_REMOVE_TRIES = 5
-_REMOVE_PAUSE_S = 0.02
 #: How long a killed process may take to be gone. One that waits for a dead network file system takes forever.
 _KILL_TIMEOUT_S = 10.0
 
@@ -63,110 +35,10 @@ class Engine:
 
         Raises SpecError, AlreadyExists, SetupFailed, HookFailed; then nothing is left.
         """
-        bundle = os.path.realpath(bundle)
-        document = _load_json(f"{bundle}/config.json")
-        spec = read_spec(document)
-        process = _checked_process(spec, options.streams)
-        rootfs = _rootfs(spec, bundle)
-        with ExitStack() as undo:
-            self._store.reserve(container_id)
-            undo.callback(self._store.remove, container_id)
-            with self._store.locked(container_id):
-                cgroup = find_cgroup(spec.linux.cgroups_path, container_id)
-                _make_cgroup(cgroup, spec, undo)
-                status = Status(
-                    oci_version=spec.version,
-                    id=container_id,
-                    pid=0,
-                    root=self._store.root,
-                    bundle=bundle,
-                    rootfs=rootfs,
-                    process_start_time=0,
-                    created=_now(),
-                    owner=os.geteuid(),
-                    cgroup_paths=cgroup.paths,
-                    cgroups_path=spec.linux.cgroups_path,
-                    no_pivot=options.no_pivot,
-                    no_new_keyring=options.no_new_keyring,
-                    spec=document,
-                )
-                pid = self._make_process(status, spec, process, cgroup, options, undo)
-                _write_pid_file(options.pid_file, pid)
-            undo.pop_all()
-        return pid
+        # Only here and in `exec`: what most calls of a command line do not need is not loaded for them.
+        from oci_engine.making import create
 
-    def _make_process(
-        self,
-        status: Status,
-        spec: Spec,
-        process: Process,
-        cgroup: Cgroup,
-        options: CreateOptions,
-        undo: ExitStack,
-    ) -> int:
-        fifo = self._store.fifo(status.id)
-        with ExitStack() as files:
-            os.mkfifo(f"{fifo}.new", 0o600)
-            undo.callback(_unlink, f"{fifo}.new")
-            start_fifo = os.open(f"{fifo}.new", os.O_RDWR | os.O_CLOEXEC)
-            files.callback(os.close, start_fifo)
-            joined = _open_namespaces(spec, files)
-            console = _connect(options.streams.console_socket, files)
-            root = plan_root(
-                spec,
-                rootfs=status.rootfs,
-                bundle=status.bundle,
-                no_pivot=options.no_pivot,
-                cgroup_mounts=cgroup.mounts(),
-            )
-            root = _with_trees(root, files)
-            keyring = "" if options.no_new_keyring else f"_ses.{status.id}"
-            process_plan = plan_process(process, spec, keyring=keyring)
-            early = [*spec.hooks["prestart"], *spec.hooks["createRuntime"]]
-            state = _hook_state(status, CREATING, spec)
-
-            def plan(channel: int) -> Plan:
-                return Plan(
-                    namespaces=plan_namespaces(spec, joined),
-                    root=root,
-                    process=process_plan,
-                    create_hooks=spec.hooks["createContainer"],
-                    start_hooks=spec.hooks["startContainer"],
-                    hook_state=state,
-                    wait_for_hooks=bool(early),
-                    channel=channel,
-                    start_fifo=start_fifo,
-                    console_socket=console,
-                    stdio=options.streams.stdio,
-                    preserved=_preserved(options.streams),
-                )
-
-            spawned = spawn(
-                plan,
-                placed=cgroup.add,
-                uid_mappings=spec.linux.uid_mappings,
-                gid_mappings=spec.linux.gid_mappings,
-                oom_score_adj=process.oom_score_adj,
-            )
-        with ExitStack() as channel:
-            channel.callback(spawned.close)
-            undo.callback(spawned.kill)
-            status = replace(status, pid=spawned.pid, process_start_time=start_time(spawned.pid))
-            self._store.save(status)
-            self._set_up(spawned, status, spec, early_hooks=bool(early))
-        os.rename(f"{fifo}.new", fifo)
-        return spawned.pid
-
-    def _set_up(self, spawned: Spawned, status: Status, spec: Spec, *, early_hooks: bool) -> None:
-        spawned.go_on()
-        if early_hooks:
-            spawned.wait_for("mounted")
-            state = _hook_state(status, CREATING, spec)
-            for kind in ("prestart", "createRuntime"):
-                for hook in spec.hooks[kind]:
-                    hooks.run(hook, state, kind)
-            spawned.go_on()
-        spawned.wait_for("ready")
+        return create(self._store, container_id, bundle, options)
 
     def start(self, container_id: str) -> None:
         """Returns when the program has been executed, or could not be. Raises StateConflict, HookFailed."""
@@ -175,7 +47,6 @@ class Engine:
             state = self.state_of(status)
             if state != CREATED:
                 raise StateConflict(f"cannot start a container in the {state} state")
-            spec = read_spec(status.spec)
             fifo = self._store.fifo(container_id)
             fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
@@ -188,8 +59,8 @@ class Engine:
             finally:
                 os.close(fd)
             try:
-                for hook in spec.hooks["poststart"]:
-                    hooks.run(hook, _hook_state(status, RUNNING, spec), "poststart")
+                for hook in hooks.of(status, "poststart"):
+                    hooks.run(hook, hooks.state_text(status, RUNNING), "poststart")
             except HookFailed:
                 self._end(status)
                 raise
@@ -199,43 +70,14 @@ class Engine:
 
         Raises StateConflict, SpecError, SetupFailed, CannotExecute.
         """
-        with self._store.locked(container_id), ExitStack() as files:
+        from oci_engine.making import exec_process
+
+        with self._store.locked(container_id):
             status = self._store.load(container_id)
             state = self.state_of(status)
             if state not in (CREATED, RUNNING):
                 raise StateConflict(f"cannot exec in a {state} container")
-            spec = read_spec(status.spec)
-            process = _exec_process(document, spec, options.streams)
-            joined = _open_process_namespaces(status, files)
-            console = _connect(options.streams.console_socket, files)
-            keyring = "" if status.no_new_keyring else f"_ses.{status.id}"
-            process_plan = plan_process(process, spec, keyring=keyring)
-            cgroup = known_cgroup(status.cgroup_paths)
-
-            def plan(channel: int) -> Plan:
-                return Plan(
-                    namespaces=replace(
-                        plan_namespaces(spec, joined), unshared=0, time_offsets="", loopback=False, sysctl=()
-                    ),
-                    root=None,
-                    process=process_plan,
-                    channel=channel,
-                    console_socket=console,
-                    stdio=options.streams.stdio,
-                    preserved=_preserved(options.streams),
-                )
-
-            spawned = spawn(plan, placed=cgroup.add, oom_score_adj=process.oom_score_adj)
-            files.callback(spawned.close)
-            began = start_time(spawned.pid)
-            try:
-                spawned.go_on()
-                spawned.wait_for_exec()
-                _write_pid_file(options.pid_file, spawned.pid)
-            except BaseException:
-                spawned.kill()
-                raise
-        return spawned.pid, began
+            return exec_process(status, document, options)
 
     # Looking
 
@@ -285,7 +127,7 @@ class Engine:
                 raise StateConflict(
                     f"container not running: cannot kill container {container_id}, it is stopped"
                 )
-            if number == signal.SIGKILL and "pid" not in read_spec(status.spec).linux.namespaces:
+            if number == signal.SIGKILL and not _has_pid_namespace(status):
                 cgroup.kill()  # the kernel ends the others only along with a PID namespace
                 return
             _signal(status, number)
@@ -314,6 +156,9 @@ class Engine:
             status = self._store.load(container_id)
             if self.state_of(status) == STOPPED:
                 raise StateConflict("cannot update a container in the stopped state")
+            from oci_engine.reader import Reader
+            from oci_engine.resources_spec import read_resources
+
             wanted = read_resources(Reader(resources, "resources"))
             known_cgroup(status.cgroup_paths).limit(wanted, devices=bool(resources.get("devices")))
 
@@ -338,13 +183,12 @@ class Engine:
             raise StateConflict(f"cannot delete container {container_id} that is not stopped: {state}")
         self._end(status)
         complaints = []
-        spec = read_spec(status.spec)
-        for hook in spec.hooks["poststop"]:
+        for hook in hooks.of(status, "poststop"):
             try:
-                hooks.run(hook, _hook_state(replace(status, pid=0), STOPPED, spec), "poststop")
+                hooks.run(hook, hooks.state_text(replace(status, pid=0), STOPPED), "poststop")
             except HookFailed as err:
                 complaints.append(str(err))
-        _remove_cgroup(known_cgroup(status.cgroup_paths))
+        remove_cgroup(known_cgroup(status.cgroup_paths))
         self._store.remove(container_id)
         return complaints
 
@@ -369,168 +213,6 @@ class Engine:
                 os.close(pidfd)
 
 
-def _load_json(path: str) -> dict[str, object]:
-    try:
-        with open(path) as file:
-            document = json.load(file)
-    except FileNotFoundError:
-        raise SpecError(path, "there is no such file; a bundle has its specification there") from None
-    except ValueError as err:
-        raise SpecError(path, f"is no JSON document: {err}") from None
-    if not isinstance(document, dict):
-        raise SpecError(path, "is no JSON object")
-    return document
-
-
-def _checked_process(spec: Spec, streams: Streams) -> Process:
-    if spec.process is None:
-        raise SpecError("process", "is missing")
-    _check_terminal(spec.process, streams)
-    return spec.process
-
-
-def _check_terminal(process: Process, streams: Streams) -> None:
-    if process.terminal and not streams.console_socket:
-        raise SpecError(
-            "process.terminal", "a terminal needs a console socket to send it to (--console-socket)"
-        )
-    if streams.console_socket and not process.terminal:
-        raise SpecError("process.terminal", "there is a console socket, but the process wants no terminal")
-
-
-def _rootfs(spec: Spec, bundle: str) -> str:
-    path = os.path.realpath(os.path.join(bundle, spec.root.path))
-    if not os.path.isdir(path):
-        raise SpecError("root.path", f"{path} is no directory")
-    if path == "/":
-        raise SpecError("root.path", "is the host's own root")
-    return path
-
-
-def _make_cgroup(cgroup: Cgroup, spec: Spec, undo: ExitStack) -> None:
-    strangers = cgroup.pids()
-    if strangers:
-        raise SetupFailed(
-            f"linux.cgroupsPath: the control group {next(iter(cgroup.paths.values()))} has processes already:"
-            f" {', '.join(map(str, strangers[:5]))}"
-        )
-    undo.callback(_remove_cgroup, cgroup)
-    cgroup.create()
-    cgroup.limit(spec.linux.resources)
-
-
-def _remove_cgroup(cgroup: Cgroup) -> None:
-    """Raises SetupFailed when a process stays."""
-    pause = _REMOVE_PAUSE_S
-    for attempt in range(_REMOVE_TRIES):
-        cgroup.kill()
-        try:
-            cgroup.remove()
-            return
-        except OSError as err:
-            if attempt == _REMOVE_TRIES - 1:
-                raise SetupFailed(
-                    f"the control group {err.filename} cannot be removed: {err.strerror}"
-                ) from None
-        time.sleep(pause)
-        pause *= 2
-
-
-def _open_namespaces(spec: Spec, files: ExitStack) -> tuple[tuple[int, int], ...]:
-    joined = []
-    for kind, path in spec.linux.namespaces.items():
-        if path:
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as err:
-                raise SpecError("linux.namespaces", f"{kind}: {path}: {err.strerror}") from None
-            files.callback(os.close, fd)
-            joined.append((fd, CLONE_FLAGS[kind]))
-    return tuple(joined)
-
-
-def _open_process_namespaces(status: Status, files: ExitStack) -> tuple[tuple[int, int], ...]:
-    """Those of the container's process that are not the caller's own; the mount namespace last."""
-    joined = []
-    for kind, name in FILES.items():
-        try:
-            fd = os.open(f"/proc/{status.pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
-            files.callback(os.close, fd)
-            own = os.stat(f"/proc/thread-self/ns/{name}")
-        except FileNotFoundError:
-            continue  # a kind that the kernel does not have, or no process: the next lines tell
-        if os.fstat(fd).st_ino != own.st_ino:
-            joined.append((fd, CLONE_FLAGS[kind]))
-    if not is_alive(status):  # only now it is certain whose they are
-        raise StateConflict("cannot exec in a stopped container")
-    return tuple(joined)
-
-
-def _exec_process(document: dict[str, object], spec: Spec, streams: Streams) -> Process:
-    """What it does not say itself about rights is as for the container's first process."""
-    process = read_process(Reader(document, "process"))
-    _check_terminal(process, streams)
-    first = spec.process
-    assert first is not None
-    return replace(
-        process,
-        capabilities=first.capabilities if process.capabilities is None else process.capabilities,
-        apparmor_profile=process.apparmor_profile or first.apparmor_profile,
-        selinux_label=process.selinux_label or first.selinux_label,
-        oom_score_adj=first.oom_score_adj if process.oom_score_adj is None else process.oom_score_adj,
-    )
-
-
-def _with_trees(root: RootPlan, files: ExitStack) -> RootPlan:
-    """In a user namespace, sources of binds are opened beforehand: their folders may be closed to its root."""
-    if not root.bind_devices:
-        return root
-    steps = []
-    for step in root.mounts:
-        if step.options.bind and not step.options.remount:
-            try:
-                tree = clone_tree(step.source, recursive=step.options.recursive)
-            except OSError as err:
-                raise SetupFailed(f"{step.place}.source: {step.source}: {err.strerror}") from None
-            files.callback(os.close, tree)
-            step = replace(step, tree=tree)
-        steps.append(step)
-    return replace(root, mounts=tuple(steps))
-
-
-def _connect(path: str, files: ExitStack) -> int:
-    if not path:
-        return -1
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    files.callback(connection.close)
-    try:
-        connection.connect(path)
-    except OSError as err:
-        raise EngineError(f"console socket {path}: {err.strerror}") from None
-    return connection.fileno()
-
-
-def _preserved(streams: Streams) -> tuple[int, ...]:
-    fds = tuple(range(3, 3 + streams.preserve_fds))
-    for fd in fds:
-        try:
-            os.fstat(fd)
-        except OSError:
-            raise EngineError(f"file descriptor {fd} is to be preserved, but is not open") from None
-    return fds
-
-
-def _hook_state(status: Status, state: str, spec: Spec) -> str:
-    return hooks.state_text(
-        version=status.oci_version,
-        container_id=status.id,
-        status=state,
-        pid=status.pid,
-        bundle=status.bundle,
-        annotations=spec.annotations,
-    )
-
-
 def _signal(status: Status, number: int) -> None:
     """Never to another process that has got the same pid meanwhile."""
     try:
@@ -547,23 +229,6 @@ def _signal(status: Status, number: int) -> None:
         os.close(pidfd)
 
 
-def _write_pid_file(path: str, pid: int) -> None:
-    """In one step: callers wait for the file and read it at once."""
-    if path:
-        folder, name = os.path.split(path)
-        fresh = os.path.join(folder, f".{name}")
-        with open(fresh, "w") as file:
-            file.write(str(pid))
-        os.replace(fresh, path)
-
-
-def _unlink(path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _now() -> str:
-    """UTC, RFC 3339 with nanoseconds."""
-    ns = time.time_ns()
-    seconds, rest = divmod(ns, 1_000_000_000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{rest:09d}Z"
+def _has_pid_namespace(status: Status) -> bool:
+    linux: Any = status.spec.get("linux") or {}
+    return any(each.get("type") == "pid" for each in linux.get("namespaces") or ())

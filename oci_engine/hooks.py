@@ -12,21 +12,32 @@ from oci_engine.errors import HookFailed
 
 if TYPE_CHECKING:
     from oci_engine.spec import Hook
+    from oci_engine.state import Status
 
 #: Characters of a hook's output that its failure tells.
 _OUTPUT = 1000
 
 
-def state_text(
-    *, version: str, container_id: str, status: str, pid: int, bundle: str, annotations: dict[str, str]
-) -> str:
-    """The state that hooks read from their standard input."""
-    state: dict[str, object] = {"ociVersion": version, "id": container_id, "status": status, "bundle": bundle}
-    if pid:
-        state["pid"] = pid
+def state_text(status: Status, state: str) -> str:
+    """What hooks read from their standard input."""
+    told: dict[str, object] = {
+        "ociVersion": status.oci_version, "id": status.id, "status": state, "bundle": status.bundle,
+    }  # fmt: skip
+    if status.pid:
+        told["pid"] = status.pid
+    annotations = status.spec.get("annotations")
     if annotations:
-        state["annotations"] = annotations
-    return json.dumps(state)
+        told["annotations"] = annotations
+    return json.dumps(told)
+
+
+def of(status: Status, kind: str) -> tuple[Hook, ...]:
+    """The hooks of one kind, out of the container's record."""
+    if not status.spec.get("hooks"):
+        return ()
+    from oci_engine.spec import read_spec
+
+    return read_spec(status.spec).hooks[kind]
 
 
 def seen_from_inside(state: str, status: str) -> str:

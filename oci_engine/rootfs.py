@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from oci_engine import linux
 from oci_engine.devices import make_device, make_links
 from oci_engine.mount_options import RDONLY
+from oci_engine.mountinfo import unescape
 from oci_engine.mounts import make_mount, make_readonly, mask
 from oci_engine.steps import step
 
@@ -113,14 +114,6 @@ class Rootfs:
         linux.mount(here, "/", "", 0x2000)  # MS_MOVE
         os.chroot(".")
         os.chdir("/")
-
-
-def unescape(path: str) -> str:
-    """Of a path in mountinfo, where white space and backslashes are octal."""
-    if "\\" not in path:
-        return path
-    head, *rest = path.split("\\")
-    return head + "".join(chr(int(each[:3], 8)) + each[3:] for each in rest)
 
 
 def root_directory() -> int:

@@ -53,7 +53,7 @@ RUNTIME_SOURCE = """\
 import sys
 
 sys.path += {folders!r}
-from runk.cli import main
+from runk.program import main
 
 main()
 """

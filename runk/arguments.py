@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-#: Verbs in which a process of ours enters a container.
-ENTERING = frozenset({"create", "run", "exec"})
-
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -24,7 +21,8 @@ def parser() -> argparse.ArgumentParser:
         "--rootless", choices=("true", "false", "auto"), default="auto", help="`true` is refused"
     )
     top.add_argument("--version", "-v", action="store_true")
-    verbs = top.add_subparsers(dest="verb", metavar="VERB")
+    # With its name given, argparse does not look up how wide the terminal is, which costs a tenth of a call.
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", prog="runk")
 
     create = _verb(verbs, "create", "make a container")
     run = _verb(verbs, "run", "make a container, start it, and wait for its end")

@@ -1,4 +1,4 @@
-"""`runk` itself: from the command line to the engine's verbs, and back to output and exit status."""
+"""From the command line to the engine's verbs, and back to output and exit status."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from oci_engine.container import Engine
 from oci_engine.errors import CannotExecute, EngineError
 from oci_engine.options import CreateOptions, ExecOptions, Streams
-from runk import sealed
-from runk.arguments import ENTERING, UPDATES, parser
+from runk.arguments import UPDATES, parser
 from runk.log import Log
 from runk.signals import parse_signal
 
@@ -23,15 +22,6 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"
 _FAILED = 1
-
-
-def main() -> None:
-    """Called by the launcher."""
-    # A caller may have closed them, and then files of ours would get their numbers.
-    while (fd := os.open("/dev/null", os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
-    sys.exit(run(sys.argv[1:]))
 
 
 def run(argv: list[str]) -> int:
@@ -48,8 +38,6 @@ def run(argv: list[str]) -> int:
     log.debug(" ".join(argv))
     try:
         _refuse(options)
-        if options.verb in ENTERING:
-            sealed.run_sealed()
         return _VERBS[options.verb](options, Engine(options.root), log)
     except CannotExecute as err:
         log.error(str(err))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pwd
-import subprocess
 from typing import TYPE_CHECKING
 
 from oci_engine.errors import EngineError, NotFound
@@ -60,6 +59,8 @@ def ps_text(pids: list[int], form: str, arguments: list[str]) -> str:
     """The host's `ps`, and of its lines those of the container. Raises EngineError."""
     if form == "json":
         return json.dumps(pids) + "\n"
+    import subprocess
+
     try:
         done = subprocess.run(["ps", *(arguments or ["-ef"])], capture_output=True, text=True, check=False)
     except FileNotFoundError:

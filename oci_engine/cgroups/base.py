@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
+
+from oci_engine.errors import SetupFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 
 #: How often a signal to a whole group looks for processes that it has missed.
 _MAX_SIGNAL_ROUNDS = 16
+# A group is busy for a moment after its last process was killed. The figures are those of other runtimes.
+_REMOVE_TRIES = 5
+_REMOVE_PAUSE_S = 0.02
 
 
 class Cgroup(Protocol):
@@ -72,3 +78,20 @@ def signal_each(pids: Callable[[], list[int]], number: int) -> None:
 
 def kill_each(pids: Callable[[], list[int]]) -> None:
     signal_each(pids, signal.SIGKILL)
+
+
+def remove_cgroup(cgroup: Cgroup) -> None:
+    """With the processes in it. Raises SetupFailed when one stays."""
+    pause = _REMOVE_PAUSE_S
+    for attempt in range(_REMOVE_TRIES):
+        cgroup.kill()
+        try:
+            cgroup.remove()
+            return
+        except OSError as err:
+            if attempt == _REMOVE_TRIES - 1:
+                raise SetupFailed(
+                    f"the control group {err.filename} cannot be removed: {err.strerror}"
+                ) from None
+        time.sleep(pause)
+        pause *= 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oci_engine.rootfs import unescape
+from oci_engine.mountinfo import unescape
 
 UNIFIED = "/sys/fs/cgroup"
 CONTROLLERS = frozenset(

@@ -1,4 +1,7 @@
-"""Version 1: a tree for each controller, or for a few of them."""
+"""Version 1: a tree for each controller, or for a few of them.
+
+What only some verbs need is imported where they need it: a command line pays for each import at each call.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from oci_engine.cgroups import device_rules, files, v1_stats
+from oci_engine.cgroups import files
 from oci_engine.cgroups.base import kill_each
 from oci_engine.errors import SetupFailed
-from oci_engine.plan import CgroupMount
 
 if TYPE_CHECKING:
     from oci_engine.cgroups.mounted import Hierarchy
+    from oci_engine.plan import CgroupMount
     from oci_engine.resources_spec import Cpu, Memory, Resources
 
 # The freezer tells nobody when it is done. These are the figures that other runtimes use.
@@ -70,6 +73,8 @@ class CgroupV1:
         for size, limit in resources.hugepages:
             self._write("hugetlb", f"hugetlb.{size}.limit_in_bytes", str(limit), "hugepageLimits")
         if devices:
+            from oci_engine.cgroups import device_rules
+
             for file, line in device_rules.v1_lines(device_rules.complete(resources.devices)):
                 self._write("devices", file, line, "devices")
 
@@ -182,6 +187,8 @@ class CgroupV1:
             files.remove_tree(path)
 
     def mounts(self) -> tuple[CgroupMount, ...]:
+        from oci_engine.plan import CgroupMount
+
         found = []
         for tree in self._trees:
             first = tree.controllers[0]
@@ -192,4 +199,6 @@ class CgroupV1:
         return tuple(found)
 
     def stats(self) -> dict[str, object]:
+        from oci_engine.cgroups import v1_stats
+
         return v1_stats.read_all(self.paths)

@@ -7,12 +7,12 @@ import select
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from oci_engine.cgroups import device_program, device_rules, files, v2_stats
+from oci_engine.cgroups import files
 from oci_engine.cgroups.base import kill_each
 from oci_engine.errors import SetupFailed
-from oci_engine.plan import CgroupMount
 
 if TYPE_CHECKING:
+    from oci_engine.plan import CgroupMount
     from oci_engine.resources_spec import Cpu, Memory, Resources, Throttle
 
 #: What limits and statistics need; each makes every group more expensive.
@@ -75,6 +75,8 @@ class CgroupV2:
             self._limit_devices(resources)
 
     def _limit_devices(self, resources: Resources) -> None:
+        from oci_engine.cgroups import device_program, device_rules
+
         program = device_program.load(device_program.assemble(device_rules.complete(resources.devices)))
         try:
             device_program.attach(self._path, program)
@@ -172,9 +174,13 @@ class CgroupV2:
         files.remove_tree(self._path)
 
     def mounts(self) -> tuple[CgroupMount, ...]:
+        from oci_engine.plan import CgroupMount
+
         return (CgroupMount(name="", path=self._path),)
 
     def stats(self) -> dict[str, object]:
+        from oci_engine.cgroups import v2_stats
+
         return v2_stats.read_all(self._path)
 
 

@@ -1,0 +1,28 @@
+"""Where the launcher begins: as little as possible before the program is what it is going to be."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+#: Verbs in which a process of ours enters a container.
+ENTERING = frozenset({"create", "run", "exec"})
+
+
+def main() -> None:
+    """Never returns."""
+    # A caller may have closed them, and then files of ours would get their numbers.
+    while (fd := os.open("/dev/null", os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    # A word that only looks like such a verb costs a moment, and nothing else.
+    if ENTERING.intersection(sys.argv[1:]) and os.geteuid() == 0:
+        from runk.sealed import run_sealed
+
+        try:
+            run_sealed()
+        except OSError as err:
+            sys.exit(f"runk: {sys.executable} cannot be protected from containers: {err}")
+    from runk.cli import run
+
+    sys.exit(run(sys.argv[1:]))
