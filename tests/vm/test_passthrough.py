@@ -43,7 +43,8 @@ async def plugged(guest: Guest, name: str) -> str:
     monitor = guest.machine.monitor
     place = free_place(guest.machine._spec, await commands.query_pci(monitor))
     assert place is not None
-    await commands.device_add(monitor, DRIVER, name, {"bus": place.bus})
+    slot = {"addr": hex(place.slot)} if place.slot else {}
+    await commands.device_add(monitor, DRIVER, name, {"bus": place.bus, **slot})
     path = await guest.machine.pci_path(name)
     assert path is not None
     return path
@@ -134,3 +135,18 @@ async def test_a_machine_that_is_to_start_with_such_a_device(guest: Guest, tmp_p
         f"the virtual machine did not start: QEMU cannot open device {HOST} of the host (/dev/vfio/12): vfio "
     )
     assert "; no other program may have it open" in line
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("switch-port", 4), ("bridge-port", 2)])
+async def test_ports_of_other_kinds(tmp_path: Path, kind: str, steps: int) -> None:
+    """The second place of each: a switch adds two steps to the way, and a bridge has slots."""
+    changed = {"host_device_places": 2, "host_device_port": kind}
+    async with running_guest(tmp_path, "agent.hotplug_timeout=30", changed=changed) as guest:
+        await guest.agent.create_sandbox(pb.CreateSandboxRequest(sandbox_id="sb1"))
+        for name in ("one", "two"):
+            path = await plugged(guest, name)
+        assert len(path.split("/")) == steps
+        script = "cat /sys/bus/pci/devices/$PCIDEVICE_X/vendor"
+        container_id = await created(guest, "vfio-pci-gk", path, script, f"PCIDEVICE_X={HOST}")
+        assert await said(guest, container_id) == ["0x1234"]
+        await commands.unplug(guest.machine.monitor, "two")
