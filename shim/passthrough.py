@@ -145,8 +145,14 @@ class PodDevices:
                         f"device {group.file} ({device.address}) was not known when the virtual machine started, and "
                         "none is plugged in later; set hot_plug_vfio, or pod_resource_api_sock to let the kubelet tell"
                     )
-                await machine.plug_host_device(device)
+                # Known before it is there: who is cancelled in between has it taken back.
                 held = self._held[device.id] = _Held(device, from_start=False)
+                held.users.add(container_id)
+                try:
+                    await machine.plug_host_device(device)
+                except HypervisorError:
+                    del self._held[device.id]
+                    raise
                 log.info("host_device_plugged", device=device.address, container=container_id)
             held.users.add(container_id)
 

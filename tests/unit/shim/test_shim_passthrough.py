@@ -161,6 +161,26 @@ async def test_when_one_of_several_is_refused_none_stays(world: World) -> None:
     ]
 
 
+async def test_one_that_is_cancelled_while_it_plugs_in_leaves_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = world.devices(hot_plug_vfio="root-port")
+    asked = asyncio.Event()
+
+    async def plug(device: HostDevice) -> None:
+        world.machine._tell("plug", device)
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(world.machine, "plug_host_device", plug)
+    giving = asyncio.create_task(world.give(devices, "c1", "/dev/vfio/13"))
+    await asked.wait()
+    giving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await giving
+    assert world.machine.told == [f"plug {NIC}", f"unplug {NIC}"]
+
+
 async def test_a_device_that_qemu_has_lost(world: World) -> None:
     devices = world.devices(hot_plug_vfio="root-port")
     world.machine.refuses = {"lost"}
