@@ -246,6 +246,7 @@ async def test_names_of_cdi(world: World) -> None:
         devices.wanted_by(container(x="vendor.com/gpu=z"), privileged=True)
 
 
+@pytest.mark.timeout(90)
 async def test_the_kubelet_tells_what_all_containers_will_ask_for(world: World) -> None:
     world.describe("vendor.com/gpu", a="/dev/vfio/12")
     path = world.folder / "kubelet.sock"
