@@ -14,6 +14,7 @@ from hypervisor.errors import HotplugRefused, QmpRefused
 from hypervisor.host import Host
 from hypervisor.netns import entered, new_netns
 from hypervisor.qemu import commands
+from hypervisor.qemu.events import AcpiDeviceOst
 from hypervisor.qemu.machine import booted
 from hypervisor.tap import open_tap
 from tests.vm.test_machine import GUEST, READY_VPORT, make_spec, tiny_kernel
@@ -22,6 +23,7 @@ from tests.vm.test_machine import pytestmark as vm_marks
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from hypervisor.qemu.events import Event
     from hypervisor.qemu.qmp import Monitor
     from hypervisor.spec import VmSpec
 
@@ -95,7 +97,16 @@ async def nic(monitor: Monitor, folder: Path) -> None:
 
 async def memory(monitor: Monitor, folder: Path) -> None:
     await commands.object_add(monitor, "memory-backend-memfd", "more", {"size": 128 * MIB, "share": True})
-    await commands.device_add(monitor, "pc-dimm", "dimm1", {"memdev": "more"})
+    taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def heard(event: Event) -> None:
+        if isinstance(event, AcpiDeviceOst) and event.info.device == "dimm1" and not taken.done():
+            taken.set_result(None)
+
+    with monitor.listening(heard):
+        await commands.device_add(monitor, "pc-dimm", "dimm1", {"memdev": "more"})
+        # A guest that is still at it may miss the request to let go.
+        await asyncio.wait_for(taken, 60)
     (device,) = await commands.query_memory_devices(monitor)
     assert (device.data.id, device.data.size, device.data.hotplugged) == ("dimm1", 128 * MIB, True)
     await commands.unplug(monitor, "dimm1")
