@@ -28,6 +28,9 @@ class Tdx:
     """Whether QEMU has to emulate what of the interrupt controller the protected guest cannot leave to KVM."""
     boots_from_kernel: ClassVar[bool] = False
     """Whether root file system and kernel command line are sealed inside of the kernel's file."""
+    bounces: ClassVar[bool] = False
+    """Whether virtio devices on channels have to be told that the guest copies what they may see to buffers outside of
+    its hidden memory (bounce buffers). PCI devices of protected guests know."""
 
     quote_socket: Path | int
     """The service that signs the guest's reports: a Unix socket, or a vsock port of the host."""
@@ -49,6 +52,7 @@ class Snp:
     needs_firmware: ClassVar[bool] = True
     split_irqchip: ClassVar[bool] = True
     boots_from_kernel: ClassVar[bool] = False
+    bounces: ClassVar[bool] = False
 
     cbitpos: int
     """Bit of a page's address that says whether the page is encrypted."""
@@ -75,6 +79,7 @@ class SecureExecution:
     needs_firmware: ClassVar[bool] = False
     split_irqchip: ClassVar[bool] = False
     boots_from_kernel: ClassVar[bool] = True
+    bounces: ClassVar[bool] = True
 
 
 Protection = Tdx | Snp | SecureExecution

@@ -141,7 +141,7 @@ def vm_spec(
         nics=nics,
         nic_ports=nic_ports,
         iommu=qemu.enable_iommu,
-        iommu_platform=qemu.enable_iommu_platform,
+        iommu_platform=qemu.enable_iommu_platform or (protection is not None and protection.bounces),
         nested_virtualization=not qemu.disable_nested_virtualization,
         iothread=qemu.enable_iothreads,
         **_disks(qemu, io_uring=io_uring),

@@ -528,7 +528,9 @@ class Qemu(Section, frozen=True):
     enable_iommu_platform: Annotated[
         bool,
         key(
-            "now", "Virtio devices on channels (s390x) use the platform's IOMMU, as protected guests need it."
+            "now",
+            "Virtio devices on channels (s390x) use the platform's IOMMU; those of guests with Secure Execution always "
+            "do.",
         ),
     ] = False
     disable_vhost_net: Annotated[

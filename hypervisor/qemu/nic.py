@@ -105,6 +105,7 @@ class Interfaces:
     def __init__(self, spec: VmSpec) -> None:
         self._arch = arch_named(spec.arch)
         self._netns = spec.netns
+        self._bounces = spec.iommu_platform
         ports = _ports(spec, self._arch)
         self._taken: dict[str, str | None] = {nic.id: next(ports) for nic in spec.nics}
         self._free = list(islice(ports, spec.nic_ports))
@@ -118,7 +119,9 @@ class Interfaces:
         with ExitStack() as ours:
             with entered(self._netns):
                 fds = opened(nic, ours)
-            device = _device(nic, self._arch, self._free[0])
+            device = replace(
+                _device(nic, self._arch, self._free[0]), iommu_platform=True if self._bounces else None
+            )
             await self._add(monitor, nic, fds, device)
         self._taken[nic.id] = self._free.pop(0)
 

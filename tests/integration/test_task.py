@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.integration.containerd import REPOSITORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,3 +123,14 @@ def test_removing_the_task_ends_the_machine(containerd: Containerd) -> None:
     containerd.checked("tasks", "rm", "--force", name)
     assert status(containerd, name) == "absent"
     containerd.checked("containers", "rm", name)
+
+
+@pytest.mark.one_version
+def test_the_configuration_of_a_running_sandbox_can_be_shown(containerd: Containerd, container: str) -> None:
+    """Every value, and what set it."""
+    command = [str(REPOSITORY / "build/bin/kata-py"), "config", "show", "--sandbox", container]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = dict(line.split(" = ", 1) for line in done.stdout.splitlines() if " = " in line)
+    assert str(containerd.config) in shown["hypervisor.qemu.kernel"]
+    assert "default" in shown["hypervisor.qemu.enable_numa"]
