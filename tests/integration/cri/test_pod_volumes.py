@@ -162,11 +162,28 @@ def test_volumes_see_later_mounts_of_the_host_only_if_asked(pod: Pod, tmp_path: 
         subprocess.run(["mount", "--make-shared", source], check=True)
         (source / "later").mkdir()
         following = volume(source, "/follows", propagation=pb.PROPAGATION_HOST_TO_CONTAINER)
-        container = pod.run("propagation", mounts=[following, volume(source, "/private")])
+        both_ways = volume(source, "/both", propagation=pb.PROPAGATION_BIDIRECTIONAL)
+        may_mount = pb.LinuxContainerConfig(
+            security_context=pb.LinuxContainerSecurityContext(
+                capabilities=pb.Capability(add_capabilities=["SYS_ADMIN"])
+            )
+        )
+        container = pod.run(
+            "propagation", mounts=[following, volume(source, "/private"), both_ways], linux=may_mount
+        )
         undo.enter_context(tmpfs(source / "later"))
         (source / "later" / "inside").touch()
-        eventually(lambda: pod.exec(container, "ls", "/follows/later") == "inside\n", "the mount shows")
+        for folder in ("/follows", "/both"):
+            eventually(
+                lambda: pod.exec(container, "ls", f"{folder}/later") == "inside\n",  # noqa: B023
+                "the mount shows",
+            )
         assert pod.exec(container, "ls", "/private/later") == ""
+        # What the container mounts itself stays where it is, whatever was asked for.
+        pod.exec(
+            container, "sh", "-c", "mkdir /both/own && mount -t tmpfs none /both/own && touch /both/own/x"
+        )
+        assert (os.path.ismount(source / "own"), os.listdir(source / "own")) == (False, [])
         # What the guest looks at, the host cannot unmount.
         pod.cri.stop(container)
         pod.cri.remove(container)
