@@ -35,6 +35,7 @@ def run(plan: Plan) -> NoReturn:
     try:
         gc.disable()  # finalisers of the caller's objects are the caller's
         _forget_signals()
+        os.umask(0o022)  # directories that are made for mounts must not depend on the caller's
         _set_streams(plan.stdio)
         _close_others(plan)
         linux.prctl(linux.PR_SET_DUMPABLE, 0)
@@ -59,13 +60,8 @@ def _forget_signals() -> None:
     signal.set_wakeup_fd(-1)
     # Of SIGPIPE later: a caller that is gone must be seen as an error.
     for number in range(1, signal.NSIG):
-        if number not in (
-            signal.SIGKILL,
-            signal.SIGSTOP,
-            signal.SIGPIPE,
-            32,
-            33,
-        ):  # the last two are libc's own
+        # 32 and 33 are libc's own.
+        if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, 32, 33):
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 

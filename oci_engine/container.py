@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -48,7 +49,13 @@ class Engine:
             if state != CREATED:
                 raise StateConflict(f"cannot start a container in the {state} state")
             fifo = self._store.fifo(container_id)
-            fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError as err:
+                if err.errno != errno.ENXIO:
+                    raise
+                # Nobody has its other end: the process has ended since.
+                raise StateConflict(f"cannot start a container in the {STOPPED} state") from None
             try:
                 os.write(fd, b"\0")
                 os.unlink(fifo)

@@ -90,9 +90,12 @@ def find_program(name: str, variables: dict[str, str]) -> str:
 def set_limits(process: ProcessPlan) -> None:
     """Resource limits, scheduling and personality: while there still are the rights for it."""
     for limit in process.rlimits:
-        with step(f"process.rlimits: limit {limit.resource}"):
+        with step(f"process.rlimits: {limit.name}"):
             values = (_rlimit_value(limit.soft), _rlimit_value(limit.hard))
-            resource.setrlimit(limit.resource, values)
+            try:
+                resource.setrlimit(limit.resource, values)
+            except ValueError as err:  # what Python makes of EINVAL and EPERM
+                raise SetupFailed(f"process.rlimits: {limit.name}: {err}") from None
     if process.scheduler is not None:
         with step("process.scheduler"):
             linux.sched_setattr(_sched_attr(process.scheduler))

@@ -62,6 +62,7 @@ class User:
 
 @dataclass(frozen=True, kw_only=True)
 class Rlimit:
+    name: str
     resource: int
     soft: int
     hard: int
@@ -223,7 +224,7 @@ def _read_rlimits(reader: Reader) -> tuple[Rlimit, ...]:
         soft, hard = (each.integer(limit, 0, UINT64_MAX) for limit in ("soft", "hard"))
         if soft > hard:
             raise SpecError(each.at("soft"), f"{soft} is above the hard limit {hard}")
-        return Rlimit(resource=RLIMITS[name], soft=soft, hard=hard)
+        return Rlimit(name=name, resource=RLIMITS[name], soft=soft, hard=hard)
 
     return reader.objects("rlimits", read)
 

@@ -174,6 +174,14 @@ def test_script_without_its_interpreter_ends_with_the_status_of_shells(
     assert 'exec: "odd"' in output
 
 
+def test_limit_that_cannot_be_set(containers: Containers) -> None:
+    """Above what the kernel allows anybody, fs.nr_open."""
+    document = spec("true")
+    document["process"]["rlimits"] = [{"type": "RLIMIT_NOFILE", "soft": 2**40, "hard": 2**40}]
+    with pytest.raises(SetupFailed, match=r"process\.rlimits: RLIMIT_NOFILE: "):
+        containers.create(document)
+
+
 def test_working_directory_that_is_not_there(containers: Containers) -> None:
     document = spec("true")
     document["process"]["cwd"] = "/no/such"

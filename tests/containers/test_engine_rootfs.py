@@ -160,6 +160,20 @@ def test_devices(containers: Containers) -> None:
     assert "/proc/self/fd/0" in output
 
 
+def test_directories_for_mounts_do_not_depend_on_the_callers_umask(
+    containers: Containers, own_rootfs: Path
+) -> None:
+    document = spec("true")
+    document["root"]["path"] = str(own_rootfs)
+    document["mounts"].append({"destination": "/new/place", "type": "tmpfs", "source": "tmpfs"})
+    before = os.umask(0o077)
+    try:
+        assert containers.run(document)[0] == 0
+    finally:
+        os.umask(before)
+    assert (own_rootfs / "new").stat().st_mode & 0o777 == 0o755
+
+
 def test_without_pivot_root(containers: Containers) -> None:
     status, output = containers.sh("ls /; cat /proc/self/mounts", no_pivot=True)
     assert status == 0
