@@ -108,3 +108,19 @@ def test_each_container_sees_its_own_cgroup_only(pod: Pod) -> None:
     seen = [cgroup(pod, container, "memory.max", "/proc/self/cgroup") for container in (one, two)]
     assert seen == [[str(48 * MIB), "0::/"], [str(24 * MIB), "0::/"]]
     assert pod.cri.exec(one, ["sh", "-c", "echo max > /sys/fs/cgroup/memory.max"]).exit_code != 0
+
+
+def test_the_machine_grows_when_the_limits_are_more_than_it_has(pod: Pod, cri: Cri) -> None:
+    container = pod.run("growing")
+    before_kib = memory_kib(pod, container)
+    limit = before_kib * 1024 + 256 * MIB
+    cri.update(container, pb.LinuxContainerResources(memory_limit_in_bytes=limit))
+    assert cgroup(pod, container, "memory.max") == [str(limit)]
+    added_kib = memory_kib(pod, container) - before_kib
+    # In whole blocks of the guest's; the kernel's own part of what there was at the boot counts for the limit.
+    assert added_kib in (128 * 1024, 256 * 1024)
+
+
+def memory_kib(pod: Pod, container: str) -> int:
+    """What the guest's kernel has."""
+    return int(pod.exec(container, "grep", "MemTotal", "/proc/meminfo").split()[1])
