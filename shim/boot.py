@@ -315,6 +315,30 @@ class Boot:
                 # Asked for by `machine()`, perhaps later, perhaps never: not an error of the loop's.
                 self._machine.exception()
 
+    async def confine(self, machine: Machine) -> None:
+        """With `sandbox_cgroup_only`: all of the sandbox's processes live in the pod's control group from now on.
+
+        Raises:
+            HostUnsupported: they cannot.
+        """
+        if not self.config.runtime.sandbox_cgroup_only:
+            return
+        from shim.host_cgroup import path_of
+
+        named = self.pod.cgroup
+        try:
+            if not (path := path_of(named)):
+                log.warning("pod_without_cgroup", reason="its spec has no cgroupsPath")
+                return
+            group = self._host.own_cgroup(path)
+            await asyncio.to_thread(group.create)
+            await asyncio.to_thread(group.join, [*machine.pids.values()])
+        except (OSError, ValueError) as err:
+            raise HostUnsupported(
+                f"sandbox_cgroup_only: cannot move into the pod's control group {named}: {err}; "
+                "make it possible, or set sandbox_cgroup_only = false"
+            ) from err
+
     def _record_settings(self) -> None:
         from config.show import encode
 

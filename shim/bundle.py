@@ -60,6 +60,7 @@ class Linux(msgspec.Struct, frozen=True):
     namespaces: tuple[Namespace, ...] = ()
     resources: Resources = Resources()
     devices: tuple[Device, ...] = ()
+    cgroups_path: str = msgspec.field(default="", name="cgroupsPath")
 
 
 class Mount(msgspec.Struct, frozen=True):

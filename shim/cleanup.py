@@ -30,6 +30,7 @@ def clean_up(sandbox_id: str, *, keep_socket: str = "") -> None:
         if owner.socket != keep_socket:
             _unlink(owner.socket)
         _forget_network(*owner.network)
+        _remove_cgroup(owner.cgroup)
     for directory in (paths.shared_dir(sandbox_id), paths.run_dir(sandbox_id)):
         if os.path.lexists(directory):
             unmount_below(directory)
@@ -42,6 +43,14 @@ def _forget_network(netns: str, ifindexes: list[int]) -> None:
         from shim.network import forget
 
         forget(netns, ifindexes)
+
+
+def _remove_cgroup(folders: list[str]) -> None:
+    if folders:
+        from shim.host_cgroup import empty, remove
+
+        empty(folders, _KILL_WAIT_S)
+        remove(folders)
 
 
 def _kill_all(processes: list[tuple[int, int]]) -> None:

@@ -43,7 +43,8 @@ _TMPFS_SIZE = re.compile("[0-9]{1,18}[kKmMgG%]?")
 class Pod:
     """`name` and `namespace` are Kubernetes's, empty without it, `dns` are the lines of resolv.conf, `netns` is None
     for "make a new one" and with `host_network`, `sysctls` are the guest's, `annotations` all that the pod has,
-    `resources` its limits, `shm_size` the size of /dev/shm in the words of tmpfs(5)."""
+    `resources` its limits, `cgroup` its control group as an OCI spec names it, `shm_size` the size of /dev/shm in the
+    words of tmpfs(5)."""
 
     name: str = ""
     namespace: str = ""
@@ -53,6 +54,7 @@ class Pod:
     host_network: bool = False
     sysctls: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)
+    cgroup: str = ""
     resources: PodResources = field(default_factory=PodResources)
     shm_size: str = "64m"
 
@@ -74,6 +76,7 @@ def pod_from_bundle(bundle: Bundle) -> Pod:
         netns=bundle.spec.netns,
         host_network=not any(namespace.type == "network" for namespace in bundle.spec.linux.namespaces),
         annotations=annotations,
+        cgroup=bundle.spec.linux.cgroups_path,
         resources=_limits_of(bundle),
         shm_size=_shm_size(bundle) or Pod.shm_size,
     )
@@ -95,7 +98,7 @@ def pod_from_request(request: CreateSandboxRequest) -> Pod:
         InvalidRequest: a description that cannot be read.
     """
     if request.options.type_url.rpartition("/")[2] == _CRI_CONFIG:
-        pod = _pod_from_cri(request.options.value)
+        pod = _pod_from_cri(request.options.value, request.sandbox_id)
     elif Path(request.bundle_path, "config.json").exists():
         pod = pod_from_bundle(Bundle.load(request.sandbox_id, Path(request.bundle_path)))
     else:
@@ -158,7 +161,14 @@ def _hostname(bundle: Bundle) -> str:
     return bundle.spec.hostname or ("" if own else socket.gethostname())
 
 
-def _pod_from_cri(packed: bytes) -> Pod:
+def _cgroup_below(parent: str, sandbox_id: str) -> str:
+    """The group of a pod without a first container, as containerd names that of one."""
+    if parent.endswith(".slice"):
+        return f"{parent}:kata-py:{sandbox_id}"
+    return f"{parent}/{sandbox_id}" if parent else ""
+
+
+def _pod_from_cri(packed: bytes, sandbox_id: str) -> Pod:
     from google.protobuf.message import DecodeError
 
     from shim.api.gen.pod_pb2 import PodSandboxConfig
@@ -176,6 +186,7 @@ def _pod_from_cri(packed: bytes) -> Pod:
         dns=dns or _lines_of(RESOLV_CONF),
         sysctls=dict(config.linux.sysctls),
         annotations=dict(config.annotations),
+        cgroup=_cgroup_below(config.linux.cgroup_parent, sandbox_id),
         resources=PodResources(limits.cpu_quota, limits.cpu_period, limits.memory_limit_in_bytes),
     )
 

@@ -55,6 +55,7 @@ LATE = (
     "shim.api.gen.pod_pb2",
     "shim.confidential",
     "shim.dan",
+    "shim.host_cgroup",
     "shim.host_sockets",
     "shim.kubelet",
     "shim.passthrough",

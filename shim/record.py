@@ -15,7 +15,8 @@ _FILE = "record.json"
 
 class Record:
     """The daemon of one sandbox and the programs it started, as (pid, start time in clock ticks) pairs; and the network
-    namespace with the indices of the interfaces there whose packets go to the guest."""
+    namespace with the indices of the interfaces there whose packets go to the guest; and the folders of a control
+    group."""
 
     def __init__(self, namespace: str, bundle: str, socket: str, pid: int, start_time: int) -> None:
         self.namespace = namespace
@@ -25,6 +26,7 @@ class Record:
         self.start_time = start_time
         self.helpers: dict[str, tuple[int, int]] = {}
         self.network: tuple[str, list[int]] = ("", [])
+        self.cgroup: list[str] = []
 
     def daemon_alive(self) -> bool:
         """Whether the daemon that wrote the record still runs."""
@@ -47,6 +49,7 @@ def read(sandbox_id: str) -> Record | None:
             data["namespace"], data["bundle"], data["socket"], int(data["pid"]), int(data["start_time"])
         )
         netns, ifindexes = data["network"]
+        record.cgroup = [str(folder) for folder in data["cgroup"]]
         record.network = str(netns), [int(ifindex) for ifindex in ifindexes]
         record.helpers = {name: (int(pid), int(start)) for name, (pid, start) in data["helpers"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

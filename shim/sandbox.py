@@ -511,6 +511,7 @@ class Sandbox:
                 await _set_policy(agent, policy, machine)
             await _answered(boot.network.tell(agent), machine)
             await _answered(agent.create_sandbox(self._create_sandbox_request()), machine)
+            await boot.confine(machine)  # not before: the pod's CPU limit is not for the guest's boot
             self._resources = undo.pop_all()
         if not boot.config.hypervisor.confidential_guest:  # such a guest takes no time from the host
             self._clock = GuestClock(agent)

@@ -18,6 +18,7 @@ from shim.share import SharedDir
 
 if TYPE_CHECKING:
     from shim.bootstrap import Bootstrap
+    from shim.host_cgroup import HostCgroup
 
 
 def serve(bootstrap: Bootstrap, listener_fd: int, socket_path: str) -> int:
@@ -57,6 +58,7 @@ class HostState:
         self.run_dir = Path(paths.run_dir(bootstrap.id))
         self.share = SharedDir(bootstrap.id)
         self._socket_path = socket_path
+        self._cgroup: HostCgroup | None = None
         pid = os.getpid()
         self._record = record.Record(
             bootstrap.namespace, bootstrap.bundle, socket_path, pid, record.start_time(pid) or 0
@@ -84,8 +86,20 @@ class HostState:
         self._record.network = (str(netns), ifindexes)
         self._record.write(self.sandbox_id)
 
+    def own_cgroup(self, path: str) -> HostCgroup:
+        """The pod's control group, in the record before it is made."""
+        if self._cgroup is None:
+            from shim.host_cgroup import HostCgroup
+
+            self._cgroup = HostCgroup(path)
+            self._record.cgroup = self._cgroup.folders
+            self._record.write(self.sandbox_id)
+        return self._cgroup
+
     def remove(self) -> None:
         """Leave nothing behind. Harmless when repeated."""
+        if self._cgroup is not None:
+            self._cgroup.leave()
         self.share.remove()
         if self.run_dir.exists():
             cleanup.remove_tree(str(self.run_dir))

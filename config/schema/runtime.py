@@ -84,9 +84,10 @@ class Runtime(Section, frozen=True):
     sandbox_cgroup_only: Annotated[
         bool,
         key(
-            "warned",
-            "Keep every host process of a sandbox in the pod's control group.",
-            why="host processes stay in the control group that containerd starts shims in",
+            "now",
+            "Keep every host process of a sandbox in the pod's control group, from the moment on that its guest is "
+            "up: the limits that a kubelet sets for the pod, its overhead included, are then for QEMU as well. Else "
+            "they stay in the group that containerd starts shims in.",
         ),
     ] = False
     static_sandbox_resource_mgmt: Annotated[

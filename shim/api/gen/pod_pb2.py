@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shim/api/protos/pod.proto\x12\x0bkata_py.pod\"\xaf\x02\n\x10PodSandboxConfig\x12\x31\n\x08metadata\x18\x01 \x01(\x0b\x32\x1f.kata_py.pod.PodSandboxMetadata\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12*\n\ndns_config\x18\x04 \x01(\x0b\x32\x16.kata_py.pod.DNSConfig\x12\x43\n\x0b\x61nnotations\x18\x07 \x03(\x0b\x32..kata_py.pod.PodSandboxConfig.AnnotationsEntry\x12\x31\n\x05linux\x18\x08 \x01(\x0b\x32\".kata_py.pod.LinuxPodSandboxConfig\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"5\n\x12PodSandboxMetadata\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\"?\n\tDNSConfig\x12\x0f\n\x07servers\x18\x01 \x03(\t\x12\x10\n\x08searches\x18\x02 \x03(\t\x12\x0f\n\x07options\x18\x03 \x03(\t\"\xc2\x01\n\x15LinuxPodSandboxConfig\x12@\n\x07sysctls\x18\x03 \x03(\x0b\x32/.kata_py.pod.LinuxPodSandboxConfig.SysctlsEntry\x12\x37\n\tresources\x18\x05 \x01(\x0b\x32$.kata_py.pod.LinuxContainerResources\x1a.\n\x0cSysctlsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"_\n\x17LinuxContainerResources\x12\x12\n\ncpu_period\x18\x01 \x01(\x03\x12\x11\n\tcpu_quota\x18\x02 \x01(\x03\x12\x1d\n\x15memory_limit_in_bytes\x18\x04 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shim/api/protos/pod.proto\x12\x0bkata_py.pod\"\xaf\x02\n\x10PodSandboxConfig\x12\x31\n\x08metadata\x18\x01 \x01(\x0b\x32\x1f.kata_py.pod.PodSandboxMetadata\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12*\n\ndns_config\x18\x04 \x01(\x0b\x32\x16.kata_py.pod.DNSConfig\x12\x43\n\x0b\x61nnotations\x18\x07 \x03(\x0b\x32..kata_py.pod.PodSandboxConfig.AnnotationsEntry\x12\x31\n\x05linux\x18\x08 \x01(\x0b\x32\".kata_py.pod.LinuxPodSandboxConfig\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"5\n\x12PodSandboxMetadata\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\"?\n\tDNSConfig\x12\x0f\n\x07servers\x18\x01 \x03(\t\x12\x10\n\x08searches\x18\x02 \x03(\t\x12\x0f\n\x07options\x18\x03 \x03(\t\"\xd9\x01\n\x15LinuxPodSandboxConfig\x12\x15\n\rcgroup_parent\x18\x01 \x01(\t\x12@\n\x07sysctls\x18\x03 \x03(\x0b\x32/.kata_py.pod.LinuxPodSandboxConfig.SysctlsEntry\x12\x37\n\tresources\x18\x05 \x01(\x0b\x32$.kata_py.pod.LinuxContainerResources\x1a.\n\x0cSysctlsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"_\n\x17LinuxContainerResources\x12\x12\n\ncpu_period\x18\x01 \x01(\x03\x12\x11\n\tcpu_quota\x18\x02 \x01(\x03\x12\x1d\n\x15memory_limit_in_bytes\x18\x04 \x01(\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,9 +44,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DNSCONFIG']._serialized_start=403
   _globals['_DNSCONFIG']._serialized_end=466
   _globals['_LINUXPODSANDBOXCONFIG']._serialized_start=469
-  _globals['_LINUXPODSANDBOXCONFIG']._serialized_end=663
-  _globals['_LINUXPODSANDBOXCONFIG_SYSCTLSENTRY']._serialized_start=617
-  _globals['_LINUXPODSANDBOXCONFIG_SYSCTLSENTRY']._serialized_end=663
-  _globals['_LINUXCONTAINERRESOURCES']._serialized_start=665
-  _globals['_LINUXCONTAINERRESOURCES']._serialized_end=760
+  _globals['_LINUXPODSANDBOXCONFIG']._serialized_end=686
+  _globals['_LINUXPODSANDBOXCONFIG_SYSCTLSENTRY']._serialized_start=640
+  _globals['_LINUXPODSANDBOXCONFIG_SYSCTLSENTRY']._serialized_end=686
+  _globals['_LINUXCONTAINERRESOURCES']._serialized_start=688
+  _globals['_LINUXCONTAINERRESOURCES']._serialized_end=783
 # @@protoc_insertion_point(module_scope)

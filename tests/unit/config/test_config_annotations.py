@@ -92,6 +92,7 @@ SETS: dict[str, tuple[str, str, object]] = {
     RUNTIME + "hypervisor_name": ("qemu", "runtime.hypervisor_name", "qemu"),
     RUNTIME + "agent_name": ("kata", "runtime.agent_name", "kata"),
     RUNTIME + "internetworking_model": ("none", "runtime.internetworking_model", "none"),
+    RUNTIME + "sandbox_cgroup_only": ("true", "runtime.sandbox_cgroup_only", True),
     RUNTIME + "enable_vcpus_pinning": ("true", "runtime.enable_vcpus_pinning", True),
     "io.katacontainers.enable_vcpus_pinning": ("true", "runtime.enable_vcpus_pinning", True),
     RUNTIME + "vfio_mode": ("vfio", "runtime.vfio_mode", "vfio"),
@@ -120,7 +121,6 @@ WARNS: dict[str, tuple[str, str]] = {
     RUNTIME + name: (text, f"runtime.{name}")
     for name, text in {
         "enable_pprof": "true",
-        "sandbox_cgroup_only": "true",
     }.items()
 }
 

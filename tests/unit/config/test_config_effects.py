@@ -58,18 +58,7 @@ def test_image_and_initrd_exclude_each_other(site: Site) -> None:
 def test_a_kata_file_loads_with_an_initrd(site: Site, column: str) -> None:
     result = site.load(kata_template(site, column, site_files(site) | {"image": "-"}))
     assert result.config.hypervisor.cpu_features == "pmu=off"
-    if column == "plain_3_26":
-        assert result.warnings == ()
-        return
-    assert result.warnings == tuple(
-        f"{site.file}: runtime.{key}: no effect in this version: {why}"
-        for key, why in (
-            (
-                "sandbox_cgroup_only",
-                "host processes stay in the control group that containerd starts shims in",
-            ),
-        )
-    )
+    assert result.warnings == ()
 
 
 def test_a_key_below_the_wrong_header_of_a_kata_file_is_pointed_out(site: Site) -> None:

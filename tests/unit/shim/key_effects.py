@@ -63,7 +63,11 @@ SPEC: dict[str, Any] = {
             "options": ["rw"],
         }
     ],
-    "linux": {"seccomp": {"defaultAction": "SCMP_ACT_ERRNO"}, "namespaces": [{"type": "network"}]},
+    "linux": {
+        "cgroupsPath": "/pods/web",
+        "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
+        "namespaces": [{"type": "network"}],
+    },
 }
 POD = {
     "io.kubernetes.cri.container-name": "web",
@@ -162,12 +166,21 @@ class Host:
     def __init__(self, folder: Path, seen: list[str]) -> None:
         self.run_dir = folder
         self.share = Share(folder, seen)
+        self._seen = seen
 
     def create(self) -> None:
         """Nothing to make."""
 
     def remember_helpers(self, pids: Mapping[str, int]) -> None:
         """Nobody has to find them."""
+
+    def own_cgroup(self, path: str) -> Host:
+        """Nothing is moved."""
+        self._seen.append(f"control group {path}")
+        return self
+
+    def join(self, pids: list[int]) -> None:
+        """Nothing is moved."""
 
     def remember_network(self, netns: Path, ifindexes: list[int]) -> None:
         """Nobody has to undo anything."""
