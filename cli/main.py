@@ -28,8 +28,12 @@ guest_app = typer.Typer(
     help="Build and look at guests: the kernel and initrd that a VM boots.", no_args_is_help=True
 )
 config_app = typer.Typer(help="Look at configuration files.", no_args_is_help=True)
+volume_app = typer.Typer(
+    help="Describe volumes that guests mount themselves, as storage drivers (CSI) do.", no_args_is_help=True
+)
 app.add_typer(guest_app, name="guest")
 app.add_typer(config_app, name="config")
+app.add_typer(volume_app, name="direct-volume")
 
 ConfigFile = Annotated[
     Path | None,
@@ -167,6 +171,38 @@ def config_check(file: ConfigFile = None) -> None:
         output.show_problems(error)
         raise typer.Exit(1) from None
     output.show_loaded(loaded)
+
+
+VolumePath = Annotated[
+    str, typer.Option("--volume-path", metavar="PATH", help="The path that containers mount the volume from.")
+]
+
+
+@volume_app.command("add")
+def direct_volume_add(
+    path: VolumePath,
+    mount_info: Annotated[
+        str,
+        typer.Option(
+            "--mount-info",
+            metavar="JSON",
+            help="What is there: volume-type (block), device, fstype, options, and as metadata fsGroup and"
+            " fsGroupChangePolicy.",
+        ),
+    ],
+) -> None:
+    """Let containers that mount PATH from now on get a block device, whose file system their guest mounts."""
+    from cli import direct_volume
+
+    direct_volume.add(path, mount_info)
+
+
+@volume_app.command("remove")
+def direct_volume_remove(path: VolumePath) -> None:
+    """Forget what `add` has said of PATH. Containers that have the volume keep it."""
+    from cli import direct_volume
+
+    direct_volume.remove(path)
 
 
 def main() -> None:

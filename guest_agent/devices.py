@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from guest_agent.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from agent_proto.gen import oci_pb2
     from guest_agent.oci import Json
 
 #: Devices every container gets, as runc's and crun's default specifications allow them.
@@ -24,7 +25,15 @@ _DEFAULT_DEVICES: tuple[tuple[str, int, int | None], ...] = (
 _ENGINES = frozenset(
     {"console", "full", "null", "ptmx", "random", "tty", "urandom", "zero", "pts", "shm", "mqueue"}
 )
+#: Devices that are there once their driver is loaded, by the numbers that Linux gives them for good.
+_DRIVERS = {("c", 10, 200): "tun", ("c", 10, 229): "fuse"}
 _KINDS = {"c": "char", "u": "char", "b": "block"}
+
+
+def drivers_for(spec: oci_pb2.Spec) -> list[str]:
+    """The kernel modules that make devices of a specification."""
+    wanted = ((device.Type, device.Major, device.Minor) for device in spec.Linux.Devices)
+    return [_DRIVERS[numbers] for numbers in wanted if numbers in _DRIVERS]
 
 
 def adapt(linux: Json, sys: str = "/sys", dev: str = "/dev") -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from guest_agent import cgroup, machine, spawn
 from guest_agent.container import BUNDLES, RUNNING, STOPPED, Container
+from guest_agent.devices import drivers_for
 from guest_agent.errors import AlreadyExists, InvalidRequest, NotFound, NotSupported, StateConflict
 from guest_agent.mount import is_mount_point, mount
 from guest_agent.namespaces import adapt
@@ -158,6 +159,8 @@ class Sandbox:
         if not request.HasField("OCI") or not request.OCI.HasField("Process") or not request.OCI.Root.Path:
             raise InvalidRequest(f"container {container_id} has no specification with a process and a root")
         self.prepare()
+        for driver in drivers_for(request.OCI):
+            self.load_driver(driver)
         config = spec_to_json(request.OCI)
         dropped = adapt(config, container_id, self._shared_pid_namespace() if request.sandbox_pidns else "")
         if dropped:

@@ -224,7 +224,14 @@ class Storages:
             )
         if not stat.S_ISBLK(os.stat(storage.source).st_mode):
             raise InvalidRequest(f"storage source {storage.source} is not a block device")
-        self._mount_as_is(storage)
+        try:
+            self._mount_as_is(storage)
+        except OSError as err:
+            if err.errno != errno.ENODEV:
+                raise
+            raise NotSupported(
+                f"storage {storage.mount_point}: this guest's kernel has no file system {storage.fstype!r}"
+            ) from err
         self._on_disks.add(storage.mount_point)
 
 

@@ -48,7 +48,7 @@ KERNEL_MODULES = (
 )
 #: What few guests load and much memory would go to: it is in the image compressed. File systems and buses of disks that
 #: the host plugs in, devices that containers ask for.
-SELDOM_MODULES = ("ext4", "xfs", "virtio_scsi", "sd_mod", "tun")
+SELDOM_MODULES = ("ext4", "xfs", "erofs", "virtio_scsi", "sd_mod", "tun")
 #: And what it loads where the host's byte order may be another one, which virtiofs does not bridge.
 BIG_ENDIAN_MODULES = ("9pnet_virtio", "9p")
 #: The same, of kernels that have them: before Linux 6.13 there is no virtio-mem on s390x.

@@ -43,11 +43,11 @@ DISABLED_PLUGINS = (
     "io.containerd.internal.v1.tracing",
     "io.containerd.tracing.processor.v1.otlp",
     "io.containerd.snapshotter.v1.aufs",
-    "io.containerd.snapshotter.v1.blockfile",
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
     "io.containerd.snapshotter.v1.zfs",
 )
+_BLOCKFILE = "io.containerd.snapshotter.v1.blockfile"
 
 
 class ContainerdError(Exception):
@@ -106,7 +106,8 @@ class PrivateContainerd:
 
     `programs` is the folder with the containerd and ctr to use (default: the ones in PATH), `search_path`
     are folders put before PATH, where containerd finds shims, and `environment` is added to what its shims
-    inherit. With `cri` it speaks Kubernetes' interface on its socket as well.
+    inherit. With `cri` it speaks Kubernetes' interface on its socket as well. `scratch` is an image with an empty file
+    system: the snapshotter `blockfile`, of containerd 1.7 and later, copies it for each snapshot.
     """
 
     folder: Path
@@ -115,6 +116,7 @@ class PrivateContainerd:
     environment: Mapping[str, str] = field(default_factory=dict)
     log_level: str = "info"
     cri: cri_config.CriConfig | None = None
+    scratch: Path | None = None
 
     @property
     def socket(self) -> Path:
@@ -235,6 +237,8 @@ class PrivateContainerd:
         # or list of strings is also a TOML one.
         version = 3 if self.cri is not None and self.generation() >= 2 else 2
         disabled = (*DISABLED_PLUGINS, *(() if self.cri else cri_config.PLUGINS))
+        if self.scratch is None:
+            disabled = (*disabled, _BLOCKFILE)
         return "\n".join(
             [
                 f"version = {version}",
@@ -244,19 +248,34 @@ class PrivateContainerd:
                 "[grpc]",
                 f"  address = {json.dumps(str(self.socket))}",
                 self.cri.render(version) if self.cri else "",
+                *self._blockfile(),
                 "",
             ]
         )
 
+    def _blockfile(self) -> list[str]:
+        if self.scratch is None:
+            return []
+        return [
+            f'[plugins."{_BLOCKFILE}"]',
+            f"  scratch_file = {json.dumps(str(self.scratch))}",
+            '  fs_type = "ext4"',
+        ]
+
     def generation(self) -> int:
         """The first number of containerd's version. Raises ContainerdError when it does not tell."""
+        return self.version()[0]
+
+    def version(self) -> tuple[int, int]:
+        """The first two numbers of containerd's version. Raises ContainerdError when it does not tell."""
         argv = [self.program("containerd"), "--version"]
         answer = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
         # "containerd github.com/containerd/containerd[/v2] 1.6.20~ds1 1.6.20~ds1-1+deb12u3"
         words = answer.split()
-        if len(words) < 3 or not words[2].lstrip("v").partition(".")[0].isdigit():
+        numbers = words[2].lstrip("v").split(".")[:2] if len(words) > 2 else []
+        if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
             raise ContainerdError(f"cannot tell the version of {argv[0]} from {answer!r}")
-        return int(words[2].lstrip("v").partition(".")[0])
+        return int(numbers[0]), int(numbers[1])
 
     def ctr_argv(self, *arguments: str, namespace: str = "default") -> list[str]:
         """The command line of a `ctr` call to this containerd, ready for subprocess or for pasting."""
@@ -292,11 +311,15 @@ class PrivateContainerd:
 
     def snapshotter(self) -> str:
         """`overlayfs` where the folder's file system carries it, by containerd's own probe, else `native`."""
+        return "overlayfs" if self.snapshotter_status("overlayfs") == "ok" else "native"
+
+    def snapshotter_status(self, name: str) -> str | None:
+        """containerd's word for a snapshotter, "ok" when it works; None when this containerd has none of that name."""
         for line in self.checked_ctr("plugins", "ls").splitlines():
             words = line.split()
-            if words[:2] == ["io.containerd.snapshotter.v1", "overlayfs"] and words[-1] == "ok":
-                return "overlayfs"
-        return "native"
+            if words[:2] == ["io.containerd.snapshotter.v1", name]:
+                return words[-1]
+        return None
 
     def import_image(self, archive: Path, *, snapshotter: str, namespace: str = "default") -> None:
         """Loads an OCI archive and unpacks it for `ctr run`."""

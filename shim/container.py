@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from agent_proto.gen.agent_pb2 import StatsContainerResponse
     from agent_proto.gen.oci_pb2 import LinuxResources
     from agent_proto.gen.oci_pb2 import Process as OciProcess
+    from shim.disks import ContainerDisks
     from shim.events import Publisher
     from shim.guest import GuestContainer
     from shim.hooks import HostHooks
@@ -47,6 +48,8 @@ _PIDS_LIMIT_S = 2.0
 _DELETE_LIMIT_S = 3.5
 # What of that is left for the removal in the guest when output took its time.
 _REMOVE_LIMIT_S = 1.0
+# The same while the guest writes to the container's disks what it has in memory: up to gigabytes, and lost otherwise.
+_WRITE_LIMIT_S = 60.0
 
 
 class Container:
@@ -57,6 +60,7 @@ class Container:
     def __init__(
         self, container_id: str, bundle: Path, *, guest: GuestContainer, events: Publisher,
         namespace: str, stdio: Stdio, io: ProcessIO, undo: ExitStack, hooks: HostHooks | None = None,
+        disks: ContainerDisks | None = None,
         before_start: Callable[[], Awaitable[None]] | None = None,
     ) -> None:  # fmt: skip
         self.id = container_id
@@ -67,6 +71,7 @@ class Container:
         self._namespace = namespace
         self._undo = undo
         self._hooks = hooks
+        self._disks = disks
         self._before_start = before_start
         self._lock = asyncio.Lock()
         self._execs: dict[str, Process] = {}
@@ -83,6 +88,11 @@ class Container:
         )
         self._end = ContainerEnd(container_id, self.init, self._execs, guest, self._events)
         self.init.watch(self._end.on_exit)
+
+    @property
+    def writes_to_disks(self) -> bool:
+        """Whether the guest may have something of the container's that is not on a disk yet."""
+        return self._disks is not None and self._disks.written
 
     def process(self, exec_id: str) -> Process:
         """The init for an empty exec id (or the container's own), else the exec.
@@ -303,7 +313,10 @@ class Container:
             processes = (self.init, *self._execs.values())
             await asyncio.gather(*(p.aclose(guest_alive=self._end.guest_alive) for p in processes))
             if remove_in_guest and self._end.guest_alive:
-                await self._remove_in_guest(max(until, now() + _REMOVE_LIMIT_S))
+                limit_s = _WRITE_LIMIT_S if self.writes_to_disks else _REMOVE_LIMIT_S
+                await self._remove_in_guest(max(until, now() + limit_s))
+            if self._disks is not None and self._end.guest_alive:
+                await self._disks.release()
             self._undo_mounts()
             if self._hooks is not None:
                 await self._hooks.stopped()

@@ -164,7 +164,8 @@ def mount_with_options(
     fstype: str, source: str, target: str, options: list[str], *, namespace: int | None = None
 ) -> None:
     """Mount as containerd describes it: overlays with more layers than fit into one page of options are mounted with
-    paths relative to their parent. `namespace` is that of a bind's source.
+    paths relative to their parent, image files (with the option `loop`) by way of a loop device. `namespace` is that of
+    the source of a bind, and of an image file.
 
     Raises:
         OSError: the kernel refused.
@@ -174,6 +175,8 @@ def mount_with_options(
         bind(source, target, recursive=bool(flags & MS_REC), flags=flags, namespace=namespace)
     elif len(data) > _DATA_LIMIT and fstype == "overlay":
         _mount_long_overlay(source, target, flags, options)
+    elif "loop" in options:
+        _mount_image(fstype, source, target, flags, data, namespace)
     else:
         mount(source, target, fstype, flags, data)
     if propagation:
@@ -280,6 +283,50 @@ def _syscall(what: str, path: str, *words: int | bytes) -> int:
     result: int = _libc.syscall(*arguments)
     _check(min(result, 0), what, path)
     return result
+
+
+def open_source(source: str, *, writable: bool, namespace: int | None = None) -> int:
+    """A block device or an image file, opened: a descriptor to be closed by the caller. `namespace` as in `clone`.
+
+    Raises:
+        OSError: there is none, or it is something else, which is not opened: a FIFO or a device may do anything then.
+    """
+    found = _open_tree(source, os.O_CLOEXEC, namespace)
+    try:
+        mode = os.fstat(found).st_mode
+        if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
+            raise OSError(errno.ENOTBLK, "neither a block device nor an image file", source)
+        access = os.O_RDWR if writable else os.O_RDONLY
+        try:
+            return os.open(f"/proc/self/fd/{found}", access | os.O_CLOEXEC)
+        except OSError as err:
+            raise OSError(err.errno, f"cannot open it: {err.strerror}", source) from err
+    finally:
+        os.close(found)
+
+
+def kind_of(source: str, *, namespace: int | None = None) -> int:
+    """The type bits of a file's mode (stat(2)), symlinks followed; 0 when there is no such file."""
+    try:
+        found = _open_tree(source, os.O_CLOEXEC, namespace)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    try:
+        return stat.S_IFMT(os.fstat(found).st_mode)
+    finally:
+        os.close(found)
+
+
+def _mount_image(fstype: str, source: str, target: str, flags: int, data: str, namespace: int | None) -> None:
+    from shim import loop
+
+    read_only = bool(flags & MS_RDONLY)
+    image = open_source(source, writable=not read_only, namespace=namespace)
+    try:
+        with loop.attached(image, read_only=read_only) as device:
+            mount(device, target, fstype, flags, data)
+    finally:
+        os.close(image)
 
 
 def _mount_long_overlay(source: str, target: str, flags: int, options: list[str]) -> None:

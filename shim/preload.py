@@ -56,8 +56,10 @@ LATE = (
     "shim.confidential",
     "shim.dan",
     "shim.host_cgroup",
+    "shim.disks",
     "shim.host_sockets",
     "shim.kubelet",
+    "shim.loop",
     "shim.passthrough",
     "shim.mirror",
 )

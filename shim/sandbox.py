@@ -22,7 +22,7 @@ from config import ConfigError
 from config.schema import ANNOTATION_PREFIX
 from config.schema.hypervisor import ARCHITECTURES
 from hypervisor.errors import BootFailed, HypervisorError
-from shim import agent_log, architecture, names, oci, oom, paths, stand_in
+from shim import agent_log, architecture, disk_needs, names, oci, oom, paths, stand_in
 from shim.api.gen import events_pb2
 from shim.bundle import Bundle
 from shim.clock import GuestClock
@@ -35,7 +35,7 @@ from shim.liveness import Liveness
 from shim.log import number_of
 from shim.pod import dns_of
 from shim.process import UNKNOWN_EXIT_STATUS, Exit
-from shim.share import GUEST_PASSTHROUGH, GUEST_ROOT, TAG
+from shim.share import GUEST_PASSTHROUGH, GUEST_ROOT, TAG, guest_rootfs
 from shim.sizing import Sizing, demand_of
 from shim.vmspec import shares_by_9p, wants_agent_log
 from ttrpc import Code, ConnectionClosed, RpcError
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from hypervisor.qemu.machine import Machine
     from shim.api.gen.types_pb2 import Mount as ProtoMount
     from shim.boot import Boot
+    from shim.disk_needs import Needs
+    from shim.disks import ContainerDisks, Disks
     from shim.events import Publisher
     from shim.host_sockets import HostSockets
     from shim.io import Stdio
@@ -64,6 +66,8 @@ log = structlog.get_logger()
 _SANDBOX_DIR = "/run/kata-containers/sandbox"
 # A machine that goes down breaks the agent's connection a moment before QEMU has ended.
 _LAST_WORDS_S = 1.0
+# The guest's time to end what still runs in it, and to write to its disks, when the sandbox is stopped.
+_WRITE_OUT_LIMIT_S = 10.0
 # What of a failed boot's console goes into the log, where a line has to fit into a pipe.
 _CONSOLE_LINES, _CONSOLE_COLUMNS = 50, 200
 
@@ -113,6 +117,7 @@ class Sandbox:
         self._sizing: Sizing | None = None
         self._host_sockets: HostSockets | None = None
         self._clock: GuestClock | None = None
+        self._disks: Disks | None = None
         self._up: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
@@ -179,7 +184,8 @@ class Sandbox:
         """Remove a container that has ended. When nobody else needs the guest it goes too: `stop` is begun, not
         awaited."""
         last = set(self._containers) == {container.id} and not self._creating and not self.outlives_containers
-        await container.delete(remove_in_guest=not last)
+        # What the guest has not written to its disks yet would go with it.
+        await container.delete(remove_in_guest=not last or container.writes_to_disks)
         self._containers.pop(container.id, None)
         if not self.needed:
             self._begin_stop()
@@ -235,11 +241,25 @@ class Sandbox:
         await self._let_go()
         if self._mirrors is not None:
             self._mirrors.close()
+        if self._disks is not None:
+            await self._write_out(self._disks)
         self._end_all()
         await self._resources.aclose()
         await self._boot.aclose()
         self._set_ended(0)
         log.info("sandbox_stopped")
+
+    async def _write_out(self, disks: Disks) -> None:
+        """Let the guest write to its disks what containers that still run have written, as a machine does that is shut
+        down; and stop waiting for disks to go."""
+        await disks.aclose()
+        if self._inside is None or self.ended.done() or not disks.writes():
+            return
+        try:
+            async with asyncio.timeout(_WRITE_OUT_LIMIT_S):
+                await self._inside.agent.destroy_sandbox(agent_pb2.DestroySandboxRequest())
+        except (RpcError, TimeoutError) as err:
+            log.warning("disks_not_written", error=str(err) or "the guest does not answer")
 
     async def _let_go(self) -> None:
         """End whatever talks to the guest in the background."""
@@ -272,7 +292,8 @@ class Sandbox:
                 request.stdio, what, owner=request.container_id, namespace=self._namespace
             )
             undo.callback(io.abort)
-            rootfs = self._share.add_rootfs(request.container_id, request.rootfs, bundle.rootfs, undo)
+            needs = disk_needs.devices_on_disks(spec, self._boot.config.hypervisor)
+            rootfs = self._add_rootfs(request, bundle, needs, undo)
             await self._suit(request.container_id, spec.Process)
             demand = demand_of(spec.Linux.Resources, what)
             joins_pidns = oci.edit_for_guest(
@@ -285,8 +306,9 @@ class Sandbox:
             if spec.Linux.HasField("Seccomp"):
                 architecture.fit_seccomp(spec.Linux.Seccomp, self._boot.config.hypervisor.machine_type)
             self._boot.devices.edit(spec, wanted)
+            needs.name_devices_in(spec)
             self._add_pod_settings(spec)
-            kubelets, storages = self._share_mounts(spec, bundle, undo)
+            kubelets, storages = self._share_mounts(spec, bundle, needs, undo)
             guest, machine = await self._guest()
             await self._mirror(kubelets, guest, undo)
             assert self._sizing is not None
@@ -299,19 +321,23 @@ class Sandbox:
                 container_id=request.container_id,
                 devices=devices,
                 exec_id=request.container_id,
-                OCI=spec,
                 storages=storages,
                 sandbox_pidns=joins_pidns,
                 shared_mounts=oci.shared_mounts(spec, self._boot.config.runtime.shared_mounts),
             )
             hooks = HostHooks(bundle, machine.pid, self._share.host_mounts)
+            disks: ContainerDisks | None = None
             try:
+                disks = await self._attach(needs, message, machine)
+                message.OCI.CopyFrom(spec)
                 if await hooks.prepare():
                     await self._boot.network.catch_up(guest.agent, machine)
                 await self._serve_names(bundle, guest)
                 await hooks.create(self._boot.network.netns)
                 await self._create_in_guest(message, guest, machine)
             except BaseException:
+                if disks is not None:
+                    await disks.release()
                 await hooks.stopped()
                 if wanted:
                     taking = self._boot.devices.take_back(request.container_id, machine)
@@ -327,6 +353,7 @@ class Sandbox:
                 io=io,
                 undo=undo.pop_all(),
                 hooks=hooks,
+                disks=disks,
                 before_start=partial(self._before_start, bundle, guest, machine),
             )
         self._publish_create(request, machine.pid)
@@ -347,6 +374,33 @@ class Sandbox:
             self._names_served = True
             if await names.begin(guest.agent):
                 self._in_background(names.serve(guest.agent, netns), "serve names")
+
+    def _add_rootfs(self, request: CreateRequest, bundle: Bundle, needs: Needs, undo: ExitStack) -> str:
+        """See to it that the guest finds the root file system, and return where; one on a disk it mounts itself."""
+        container_id = request.container_id
+        disk = disk_needs.rootfs_on_disk(
+            container_id,
+            request.rootfs,
+            guest_rootfs(container_id),
+            self._boot.config.hypervisor,
+            self._share.host_mounts,
+        )
+        if disk is None:
+            return self._share.add_rootfs(container_id, request.rootfs, bundle.rootfs, undo)
+        needs.disks.append(disk)
+        return self._share.add_guests_rootfs(container_id, undo)
+
+    async def _attach(
+        self, needs: Needs, message: agent_pb2.CreateContainerRequest, machine: Machine
+    ) -> ContainerDisks | None:
+        """Plug in the disks that the container needs."""
+        if not needs.disks:
+            return None
+        if self._disks is None:
+            from shim.disks import Disks
+
+            self._disks = Disks(machine, self._share.host_mounts)
+        return await self._disks.attach(needs.disks, message)
 
     async def _create_in_guest(
         self, message: agent_pb2.CreateContainerRequest, guest: Guest, machine: Machine
@@ -383,7 +437,7 @@ class Sandbox:
         log.info("machine_replaced", reason=what, machine_type=theirs, instead_of=ours)
         await self._let_go()
         await self._resources.aclose()
-        self._machine = self._inside = self._sizing = self._clock = None
+        self._machine = self._inside = self._sizing = self._clock = self._disks = None
         await boot.replace(plan)
         if self._stopping is not None:
             raise GuestUnreachable(f"sandbox {self.id} is stopping")
@@ -425,18 +479,28 @@ class Sandbox:
                 spec.Linux.Sysctl[name] = value
 
     def _share_mounts(
-        self, spec: OciSpec, bundle: Bundle, undo: ExitStack
+        self, spec: OciSpec, bundle: Bundle, needs: Needs, undo: ExitStack
     ) -> tuple[list[tuple[str, OciMount]], list[agent_pb2.Storage]]:
         """Make host directories and files of the spec's mounts reachable in the guest, and name them so. Returns those
-        that a kubelet changes, each with its source on the host, and what the guest has to mount itself."""
-        kubelets, storages = [], []
-        for mount in spec.Mounts:
+        that a kubelet changes, each with its source on the host, and what the guest has to mount itself; adds to
+        `needs` those that are disks of the guest."""
+        kubelets, storages, devices = [], [], []
+        qemu, namespace = self._boot.config.hypervisor, self._share.host_mounts
+        for index, mount in enumerate(spec.Mounts):
             if oci.is_pods_shm(mount, (self.id, bundle.container_id)):
                 mount.type, mount.source = "bind", f"{_SANDBOX_DIR}/shm"
                 mount.options[:] = ["rbind"]
+                continue
+            # A relative source is relative to the bundle (runtime-spec config.md, "Mounts").
+            source = str(bundle.path / mount.source)
+            if need := disk_needs.volume_on_disk(mount, source, qemu, namespace):
+                needs.disks.append(need)
+                if need.container_path:
+                    devices.append(index)
+            elif disk_needs.has_file_system(mount, namespace):
+                mount.source = self._share.add_file_system(mount.type, mount.source, mount.options, undo)
+                mount.type, mount.options[:] = "bind", disk_needs.of_bind(mount.options)
             elif oci.is_bind(mount):
-                # A relative source is relative to the bundle (runtime-spec config.md, "Mounts").
-                source = str(bundle.path / mount.source)
                 mount.source, inherited = self._share.add_volume(source, mount.options, undo)
                 place = str(self._share.on_host(mount.source))
                 oci.check_empty_dir(source, place, self._boot.config.runtime.emptydir_mode)
@@ -447,6 +511,8 @@ class Sandbox:
                     kubelets.append((source, mount))
                 mount.options.extend(inherited)
                 mount.type = "bind"
+        for index in reversed(devices):
+            del spec.Mounts[index]
         return kubelets, storages
 
     async def _mirror(self, kubelets: Sequence[tuple[str, OciMount]], guest: Guest, undo: ExitStack) -> None:

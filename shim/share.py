@@ -80,10 +80,7 @@ class SharedDir:
             OSError: the kernel refused a mount.
             InvalidRequest: there is no root file system at all.
         """
-        target = self.rootfs(container_id)
-        target.mkdir(parents=True)
-        undo.callback(target.parent.rmdir)
-        undo.callback(target.rmdir)
+        target = self._make_root(container_id, undo)
         for mount in rootfs:
             for option in mount.options:
                 if option.startswith(_GUESTS_OPTION):
@@ -111,7 +108,19 @@ class SharedDir:
                 )
             undo.callback(mounts.detach, str(target))
             mounts.bind(str(directory), str(target), recursive=True, namespace=self.host_mounts)
-        return f"{GUEST_PASSTHROUGH}/{container_id}/rootfs"
+        return guest_rootfs(container_id)
+
+    def add_guests_rootfs(self, container_id: str, undo: ExitStack) -> str:
+        """A place for a root file system that the guest mounts itself; returns its path there. Raises OSError."""
+        self._make_root(container_id, undo)
+        return guest_rootfs(container_id)
+
+    def _make_root(self, container_id: str, undo: ExitStack) -> Path:
+        target = self.rootfs(container_id)
+        target.mkdir(parents=True)
+        undo.callback(target.parent.rmdir)
+        undo.callback(target.rmdir)
+        return target
 
     def rootfs(self, container_id: str) -> Path:
         """Where `add_rootfs` has put it, on the host."""
@@ -155,6 +164,17 @@ class SharedDir:
         """Where this process has what `add_volume` returned the guest's path of."""
         return self._passthrough / Path(guest_path).name
 
+    def add_file_system(self, fstype: str, source: str, options: Sequence[str], undo: ExitStack) -> str:
+        """Mount what is on a block device, or in an image, in the share; returns the guest's path of it.
+
+        Raises:
+            OSError: the kernel refused the mount.
+        """
+        target = self._make_mount_point(Path(source).name, os.stat(self._passthrough), undo)
+        undo.callback(mounts.detach, str(target))
+        mounts.mount_with_options(fstype, source, str(target), list(options), namespace=self.host_mounts)
+        return f"{GUEST_PASSTHROUGH}/{target.name}"
+
     def add_sandbox_mounts(self, entries: Sequence[str]) -> None:
         """Bind host paths that every container's guest sees; each is `PATH:ro` or `PATH:rw`. They stay until `remove`.
 
@@ -184,6 +204,11 @@ class SharedDir:
         _make_like(source, target)
         undo.callback(target.rmdir if stat.S_ISDIR(source.st_mode) else target.unlink)
         return target
+
+
+def guest_rootfs(container_id: str) -> str:
+    """Where the guest finds a container's root file system."""
+    return f"{GUEST_PASSTHROUGH}/{container_id}/rootfs"
 
 
 def _make_like(source: os.stat_result, target: Path) -> None:

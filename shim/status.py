@@ -27,6 +27,7 @@ RPC_CODES: Mapping[str, Code] = {
     "ConfigError": Code.INVALID_ARGUMENT,
     "InvalidSpec": Code.INVALID_ARGUMENT,
     "HostUnsupported": Code.FAILED_PRECONDITION,
+    "HotplugRefused": Code.FAILED_PRECONDITION,
     "DeviceUnavailable": Code.FAILED_PRECONDITION,
     "ProgramNotFound": Code.FAILED_PRECONDITION,
     "HypervisorError": Code.UNAVAILABLE,

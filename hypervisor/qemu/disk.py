@@ -208,7 +208,7 @@ class Disks:
                 ) from err
             raise
         properties = {**spot.properties, "drive": disk.id, **self._sizes()}
-        if disk.shared and not disk.read_only:
+        if disk.shared:
             properties["share-rw"] = True
         try:
             await commands.device_add(monitor, spot.driver, disk.id, properties)

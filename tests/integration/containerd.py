@@ -177,12 +177,15 @@ def running(namespace: str) -> Iterator[Containerd]:
     folder = Path(tempfile.mkdtemp(prefix="kp-", dir="/tmp"))
     config = folder / "configuration.toml"
     config.write_text(dev_config.render(GUEST, writer="tests/integration"))
+    scratch = folder / "scratch.img"
+    make_ext4(scratch)
     server = PrivateContainerd(
         folder=folder,
         programs=Path(programs).resolve() if programs else None,
         search_path=(REPOSITORY / "build" / "bin",),
         environment={"KATA_CONF_FILE": str(config)},
         log_level=os.environ.get("KATA_PY_TEST_LOG_LEVEL", "info"),
+        scratch=scratch,
     )
     try:
         server.start()
@@ -191,6 +194,26 @@ def running(namespace: str) -> Iterator[Containerd]:
         yield Containerd(server=server, namespace=namespace, snapshotter=snapshotter, config=config)
     finally:
         server.remove()
+
+
+def make_ext4(image: Path, tree: Path | None = None, *, size: str = "16M") -> None:
+    """An image with an ext4 file system, with the files of a folder in it."""
+    content = ["-d", str(tree)] if tree is not None else []
+    program = shutil.which("mkfs.ext4", path=f"/usr/sbin:/sbin:{os.environ['PATH']}")
+    assert program is not None, "mkfs.ext4 is missing; packaging/setup.sh installs it"
+    argv = [program, "-q", "-F", *content, str(image), size]
+    subprocess.run(argv, check=True, timeout=60, capture_output=True)
+
+
+def loops(containerd: Containerd) -> frozenset[str]:
+    """Loop devices on images below containerd's folder."""
+    found = set()
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # it has gone meanwhile
+            image = path.read_text().strip()
+            if image.startswith(str(containerd.server.folder)):
+                found.add(f"{path.parent.parent.name} on {image}")
+    return frozenset(found)
 
 
 def mounts(containerd: Containerd) -> frozenset[str]:
@@ -281,6 +304,7 @@ class HostState:
     mounts: frozenset[str]
     cgroups: frozenset[str]
     entries: frozenset[str]
+    loops: frozenset[str]
     objects: frozenset[str]
 
     @classmethod
@@ -292,6 +316,7 @@ class HostState:
             mounts=mounts(containerd),
             cgroups=cgroups(containerd.cgroup_parent),
             entries=sandbox_entries(containerd) | named_entries(containerd.namespace) | common_entries(),
+            loops=loops(containerd),
             objects=containerd.objects(),
         )
 

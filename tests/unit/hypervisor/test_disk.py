@@ -139,7 +139,7 @@ async def test_nobody_writes_to_a_disk_that_is_read_only(image: int) -> None:
     _, backend, device = await plugged(image, disk, disk_places=True)
     assert backend["read-only"] is True
     assert "discard" not in backend
-    assert "share-rw" not in device
+    assert device["share-rw"] is True  # others may write all the same
 
 
 async def test_a_scsi_disk(image: int) -> None:

@@ -1,0 +1,190 @@
+"""The disks of a sandbox's guest: plugged in for the containers that need them, and out with the last of these."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from base64 import urlsafe_b64encode
+from typing import TYPE_CHECKING, NamedTuple
+
+import structlog
+
+from hypervisor.errors import HypervisorError
+from hypervisor.spec import Disk
+from shim import mounts
+from shim.disk_needs import of_bind
+from shim.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+    from agent_proto.gen import agent_pb2
+    from hypervisor.qemu.disk import DiskAddress
+    from hypervisor.qemu.machine import Machine
+    from shim.disk_needs import Need
+
+log = structlog.get_logger()
+
+# Where the guest mounts disks that are not a container's root, in Kata's layout.
+_STORAGE_DIR = "/run/kata-containers/sandbox/storage"
+# A disk's time to go within a deletion; it goes on going afterwards.
+_UNPLUG_LIMIT_S = 2.0
+
+
+class _Attached(NamedTuple):
+    """A disk that the guest has, and the containers that use it."""
+
+    disk: Disk
+    address: DiskAddress
+    users: set[str]
+
+
+class Disks:
+    """What is plugged in, by what is on it. `namespace` is the mount namespace that sources are looked for in."""
+
+    def __init__(self, machine: Machine, namespace: int | None) -> None:
+        self._machine = machine
+        self._namespace = namespace
+        self._attached: dict[Hashable, _Attached] = {}
+        self._count = 0
+        self._lock = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    async def attach(
+        self, needs: Sequence[Need], message: agent_pb2.CreateContainerRequest
+    ) -> ContainerDisks:
+        """Plug in what a container needs, and name it in the request that makes the container; mounts get their sources
+        in the guest. All or nothing.
+
+        Raises InvalidRequest, HotplugRefused, QmpError, OSError.
+        """
+        user = message.container_id
+        try:
+            for need in needs:
+                address = await self._plug(need, user)
+                if need.container_path:
+                    message.devices.add(
+                        id=address.address, type=address.driver, container_path=need.container_path
+                    )
+                else:
+                    self._add_storage(need, address, message)
+        except BaseException:
+            await self.release(user)
+            raise
+        return ContainerDisks(self, user)
+
+    def writes(self, user: str = "") -> bool:
+        """Whether something that the container (default: any) has written may not be on its disk yet."""
+        return any(
+            not entry.disk.read_only and (user in entry.users or (entry.users and not user))
+            for entry in self._attached.values()
+        )
+
+    async def release(self, user: str) -> None:
+        """Take out what only this container has used. What does not go within the time goes by itself, or with the
+        machine: the log tells."""
+        leaving = []
+        for key, entry in list(self._attached.items()):
+            entry.users.discard(user)
+            if not entry.users:
+                task = asyncio.create_task(self._unplug(key, entry), name=f"unplug {entry.disk.id}")
+                self._leaving.add(task)
+                task.add_done_callback(self._leaving.discard)
+                leaving.append(task)
+        if leaving:
+            await asyncio.wait(leaving, timeout=_UNPLUG_LIMIT_S)
+
+    async def aclose(self) -> None:
+        """Stop waiting for disks to go: the machine goes."""
+        for task in self._leaving:
+            task.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+
+    async def _plug(self, need: Need, user: str) -> DiskAddress:
+        try:
+            fd = mounts.open_source(need.path, writable=not need.read_only, namespace=self._namespace)
+        except OSError as err:
+            raise InvalidRequest(
+                f"{need.path} cannot be a disk of the guest: {err.strerror}; correct its path, or mount it read-only "
+                "if nobody may write to it"
+            ) from err
+        try:
+            key = _identity(fd, need)
+            async with self._lock:  # two containers may come with the same disk at the same time
+                entry = self._attached.get(key)
+                if entry is None:
+                    self._count += 1
+                    disk = Disk(
+                        id=f"disk{self._count}",
+                        read_only=need.read_only,
+                        shared=bool(need.container_path),
+                        discard=need.discard,
+                    )
+                    address = await self._machine.plug_disk(disk, fd)
+                    log.info("disk_plugged", source=need.path, disk=disk.id, address=address.address)
+                    entry = self._attached[key] = _Attached(disk, address, set())
+                entry.users.add(user)
+                return entry.address
+        finally:
+            os.close(fd)
+
+    async def _unplug(self, key: Hashable, entry: _Attached) -> None:
+        async with self._lock:
+            if entry.users or self._attached.get(key) is not entry:
+                return  # somebody else has come for it, or has taken it out
+            try:
+                await self._machine.unplug_disk(entry.disk.id)
+            except HypervisorError as err:
+                log.warning("disk_not_unplugged", disk=entry.disk.id, error=str(err))
+            else:
+                log.info("disk_unplugged", disk=entry.disk.id)
+                del self._attached[key]
+
+    def _add_storage(
+        self, need: Need, address: DiskAddress, message: agent_pb2.CreateContainerRequest
+    ) -> None:
+        # By its name there, as Kata has it: containers that use the same disk use the same mount.
+        name = urlsafe_b64encode(address.address.encode()).decode()
+        place = need.mount_point or f"{_STORAGE_DIR}/{name}"
+        storage = message.storages.add(
+            driver=address.driver,
+            source=address.address,
+            fstype=need.fstype,
+            options=need.options,
+            mount_point=place,
+        )
+        if need.fs_group is not None:
+            storage.fs_group.CopyFrom(need.fs_group)
+        if need.mount is not None:
+            need.mount.source, need.mount.type = place, "bind"
+            need.mount.options[:] = of_bind(need.mount.options)
+
+
+def _identity(fd: int, need: Need) -> Hashable:
+    """What is on the disk, and how it is used: a disk that a container has to itself is none that the guest mounts."""
+    info = os.fstat(fd)
+    if stat.S_ISBLK(info.st_mode):
+        what: Hashable = ("device", info.st_rdev)
+    elif info.st_size == 0:
+        raise InvalidRequest(f"{need.path} cannot be a disk: it is empty")
+    else:
+        what = ("file", info.st_dev, info.st_ino)
+    return (what, need.read_only, bool(need.container_path))
+
+
+class ContainerDisks:
+    """The disks of one container."""
+
+    def __init__(self, disks: Disks, container_id: str) -> None:
+        self._disks = disks
+        self._id = container_id
+
+    @property
+    def written(self) -> bool:
+        """Whether something that the container has written may not be on a disk yet."""
+        return self._disks.writes(self._id)
+
+    async def release(self) -> None:
+        """Take out those that no other container uses. Harmless when repeated."""
+        await self._disks.release(self._id)
