@@ -300,11 +300,16 @@ async def test_stop_of_a_stubborn_container(sandbox: Pod, tmp_path: Path) -> Non
     fifos = make_fifos(tmp_path / "fifos", "stdout")
     bundle = sandbox._containerd.bundle(
         f"{sandbox.id}-deaf",
-        spec(shell("trap '' TERM; while :; do sleep 0.1; done"), annotations=pod("container", sandbox.id)),
+        spec(
+            shell("trap '' TERM; echo up; while :; do sleep 0.1; done"),
+            annotations=pod("container", sandbox.id),
+        ),
     )
-    with open(os.open(fifos.stdout, os.O_RDONLY | os.O_NONBLOCK), closefd=True):
+    with open(os.open(fifos.stdout, os.O_RDONLY | os.O_NONBLOCK), "rb") as out:
         await sandbox.task.create(f"{sandbox.id}-deaf", bundle=bundle, stdout=fifos.stdout)
+        os.set_blocking(out.fileno(), True)
         await sandbox.task.call("Start", id=f"{sandbox.id}-deaf")
+        assert await asyncio.to_thread(out.readline) == b"up\n", "deaf from here on"
         await sandbox.call("StopSandbox", timeout_secs=1)
     assert (await sandbox.task.call("Wait", id=f"{sandbox.id}-deaf")).exit_status == 137
 
