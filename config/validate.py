@@ -317,7 +317,24 @@ class _QemuTopics:
             )
         if queues > _MOST_DISK_QUEUES:
             self._bad("num_queues", f"want at most {_MOST_DISK_QUEUES}, got {queues}")
+        if self._qemu.enable_vhost_user_store:
+            self._check_vhost_user_store()
         return {"queue_size": size, "num_queues": queues}
+
+    def _check_vhost_user_store(self) -> None:
+        qemu, name = self._qemu, "enable_vhost_user_store"
+        if qemu.disable_block_device_use:
+            problem = "no disk reaches the guest with disable_block_device_use"
+            self._bad(name, problem, "set that to false", also="disable_block_device_use")
+        if qemu.rootless:
+            problem = "QEMU cannot open the sockets of other programs with rootless"
+            self._bad(name, problem, "remove one of them", also="rootless")
+        if qemu.machine_type == "s390-ccw-virtio":
+            problem = "guests with s390x have no disks that other programs serve"
+            self._bad(name, problem, "remove it", also="machine_type")
+        path = qemu.vhost_user_store_path
+        if not (path.startswith("/") and path.isprintable() and os.path.isdir(path)):
+            self._bad("vhost_user_store_path", f"{show(path)} is no directory", also=name)
 
     def buses(self) -> Changes:
         if self._qemu.enable_iommu_platform and self._qemu.machine_type != "s390-ccw-virtio":

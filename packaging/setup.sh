@@ -25,6 +25,8 @@ packages() {
         echo qemu-system-arm
         # In Debian 12 it is one of several that have a package together.
         if [ "$release" = 12 ]; then echo qemu-system-misc; else echo qemu-system-s390x; fi
+        # A program that serves disks; Debian 12 has it in QEMU's common package.
+        if [ "$release" != 12 ]; then echo qemu-utils; fi
     fi
     # The smallest possible guest program, which measurements are compared with, is written in C.
     if [ "$bench" = yes ]; then

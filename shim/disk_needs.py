@@ -69,6 +69,8 @@ class Need:
     mount: oci_pb2.Mount | None = None
     fs_group: agent_pb2.FSGroup | None = None
     direct: bool = False
+    served: bool = False
+    """Whether `path` is the socket of a program that serves the disk."""
 
 
 @dataclass(kw_only=True)
@@ -134,7 +136,8 @@ def devices_on_disks(spec: oci_pb2.Spec, qemu: Qemu) -> Needs:
             for rule in resources.Devices
             if rule.Allow and rule.Type == "b" and (rule.Major, rule.Minor) == (device.Major, device.Minor)
         ]
-        path = _device_file(device.Major, device.Minor)
+        served = _served(device, qemu)
+        path = served or _device_file(device.Major, device.Minor)
         if privileged and not rules and path in (None, device.Path):
             continue
         if path is None:
@@ -149,7 +152,14 @@ def devices_on_disks(spec: oci_pb2.Spec, qemu: Qemu) -> Needs:
             )
         _check_driver(qemu, f"device {device.Path}")
         writes = any("w" in rule.Access for rule in rules) if rules else True
-        needs.disks.append(Need(path=path, read_only=not writes, container_path=device.Path))
+        needs.disks.append(
+            Need(
+                path=path,
+                read_only=not writes,
+                container_path=device.Path,
+                served=served is not None,
+            )
+        )
         needs.devices.append(oci_pb2.LinuxDevice.FromString(device.SerializeToString()))
     return needs
 
@@ -281,6 +291,16 @@ def _check_driver(qemu: Qemu, what: str) -> None:
             f"{what} needs a disk, and no persistent memory is added to a running machine: set block_device_driver to "
             "virtio-blk-pci or virtio-scsi"
         )
+
+
+def _served(device: oci_pb2.LinuxDevice, qemu: Qemu) -> str | None:
+    """The socket of the program that serves the disk, if that is what the device stands for."""
+    if not qemu.enable_vhost_user_store:
+        return None
+    from shim.vhost_user_store import socket_of
+
+    path = socket_of(device.Major, device.Minor, qemu, f"device {device.Path}")
+    return None if path is None else str(path)
 
 
 def _device_file(major: int, minor: int) -> str | None:

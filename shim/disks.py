@@ -6,12 +6,13 @@ import asyncio
 import os
 import stat
 from base64 import urlsafe_b64encode
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
 from hypervisor.errors import HypervisorError
-from hypervisor.spec import Disk
+from hypervisor.spec import Disk, VhostUserDisk
 from shim import mounts
 from shim.disk_needs import of_bind
 from shim.errors import InvalidRequest
@@ -35,7 +36,8 @@ _UNPLUG_LIMIT_S = 2.0
 class _Attached(NamedTuple):
     """A disk that the guest has, and the containers that use it."""
 
-    disk: Disk
+    id: str
+    read_only: bool
     address: DiskAddress
     users: set[str]
 
@@ -77,7 +79,7 @@ class Disks:
     def writes(self, user: str = "") -> bool:
         """Whether something that the container (default: any) has written may not be on its disk yet."""
         return any(
-            not entry.disk.read_only and (user in entry.users or (entry.users and not user))
+            not entry.read_only and (user in entry.users or (entry.users and not user))
             for entry in self._attached.values()
         )
 
@@ -88,7 +90,7 @@ class Disks:
         for key, entry in list(self._attached.items()):
             entry.users.discard(user)
             if not entry.users:
-                task = asyncio.create_task(self._unplug(key, entry), name=f"unplug {entry.disk.id}")
+                task = asyncio.create_task(self._unplug(key, entry), name=f"unplug {entry.id}")
                 self._leaving.add(task)
                 task.add_done_callback(self._leaving.discard)
                 leaving.append(task)
@@ -102,6 +104,8 @@ class Disks:
         await asyncio.gather(*self._leaving, return_exceptions=True)
 
     async def _plug(self, need: Need, user: str) -> DiskAddress:
+        if need.served:
+            return await self._plug_served(need, user)
         try:
             fd = mounts.open_source(need.path, writable=not need.read_only, namespace=self._namespace)
         except OSError as err:
@@ -123,22 +127,36 @@ class Disks:
                     )
                     address = await self._machine.plug_disk(disk, fd)
                     log.info("disk_plugged", source=need.path, disk=disk.id, address=address.address)
-                    entry = self._attached[key] = _Attached(disk, address, set())
+                    entry = self._attached[key] = _Attached(disk.id, disk.read_only, address, set())
                 entry.users.add(user)
                 return entry.address
         finally:
             os.close(fd)
+
+    async def _plug_served(self, need: Need, user: str) -> DiskAddress:
+        """A disk that another program serves, which a container has to itself."""
+        key = ("socket", need.path)
+        async with self._lock:
+            entry = self._attached.get(key)
+            if entry is None:
+                self._count += 1
+                disk = VhostUserDisk(id=f"disk{self._count}", socket=Path(need.path))
+                address = await self._machine.plug_vhost_user_disk(disk)
+                log.info("disk_plugged", source=need.path, disk=disk.id, address=address.address)
+                entry = self._attached[key] = _Attached(disk.id, need.read_only, address, set())
+            entry.users.add(user)
+            return entry.address
 
     async def _unplug(self, key: Hashable, entry: _Attached) -> None:
         async with self._lock:
             if entry.users or self._attached.get(key) is not entry:
                 return  # somebody else has come for it, or has taken it out
             try:
-                await self._machine.unplug_disk(entry.disk.id)
+                await self._machine.unplug_disk(entry.id)
             except HypervisorError as err:
-                log.warning("disk_not_unplugged", disk=entry.disk.id, error=str(err))
+                log.warning("disk_not_unplugged", disk=entry.id, error=str(err))
             else:
-                log.info("disk_unplugged", disk=entry.disk.id)
+                log.info("disk_unplugged", disk=entry.id)
                 del self._attached[key]
 
     def _add_storage(

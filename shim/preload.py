@@ -17,6 +17,7 @@ LATE = (
     "config.numa",
     "config.show",
     "config.verity",
+    "shim.vhost_user_store",
     # `Pids` while execs run.
     "shim.api.gen.runc_options_pb2",
     # The machine, which waits for `StartSandbox` when the pod comes through the Sandbox API.

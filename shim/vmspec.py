@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         disk_logical_sector_bytes: int | None
         disk_physical_sector_bytes: int | None
         disk_places: bool
+        vhost_user_reconnect_s: int
         scsi: bool
         spare_iothreads: int
 
@@ -229,7 +230,9 @@ def _disks(qemu: Qemu, *, io_uring: bool) -> DiskOptions:
         "disk_queues": qemu.num_queues,
         "disk_logical_sector_bytes": qemu.block_device_logical_sector_size or None,
         "disk_physical_sector_bytes": qemu.block_device_physical_sector_size or None,
-        "disk_places": virtio,
+        # Disks that other programs serve are virtio disks, whatever the others are.
+        "disk_places": virtio or qemu.enable_vhost_user_store,
+        "vhost_user_reconnect_s": qemu.vhost_user_reconnect_timeout_sec,
         "scsi": comes_later and qemu.block_device_driver == "virtio-scsi",
         "spare_iothreads": qemu.indep_iothreads if spare else 0,
     }

@@ -27,7 +27,6 @@ DEFAULT_INITRD = f"{DEFAULT_GUESTS}/initrd.img"
 _NO_TEMPLATE = "every sandbox boots its own guest"
 _TEMPLATE_ONLY = "of templates, and every sandbox boots its own guest"
 _SWAP_ONLY = "of use only with `enable_guest_swap`"
-_STORE_ONLY = "of use only with `enable_vhost_user_store`"
 _REMOTE_ONLY = "of hypervisors on other machines"
 _EACH = "each network interface of the guest"
 _NO_DISK_LIMIT = "disks have no limits; limit the I/O of containers instead"
@@ -477,17 +476,28 @@ class Qemu(Section, frozen=True):
     enable_vhost_user_store: Annotated[
         bool,
         key(
-            "refused",
-            "Storage devices served by other host programs.",
-            why="pods would lack the disks that those programs serve",
-            hint="remove it, and mount such a disk on the host",
+            "now",
+            "Give containers disks that other programs of the host serve (SPDK). A device with the major number 241 is "
+            "looked up in `vhost_user_store_path`, and QEMU connects to the program's socket. Not together with "
+            "`disable_block_device_use` and `rootless`, nor for s390x.",
         ),
     ] = False
     vhost_user_store_path: Annotated[
-        str, key("ignored", "Directory of those programs' sockets.", why=_STORE_ONLY)
+        str,
+        key(
+            "now",
+            "Directory with `block/devices/NAME`, a device node for each such disk, and `block/sockets/NAME`, the "
+            "socket of the program that serves it. Of use only with `enable_vhost_user_store`.",
+            hint="make it, with the folders block/devices and block/sockets",
+        ),
     ] = "/var/run/vhost-user"
     vhost_user_reconnect_timeout_sec: Annotated[
-        Count, key("ignored", "Pause before reconnecting to them; 0 is never.", unit="s", why=_STORE_ONLY)
+        Count,
+        key(
+            "now",
+            "Pause before QEMU connects again to a program that has gone away; 0 is never, and its disks then fail.",
+            unit="s",
+        ),
     ] = 0
 
     # Buses, devices and networks

@@ -6,11 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
-import subprocess
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,13 +15,14 @@ import pytest_asyncio
 from agent_proto.gen import agent_pb2 as pb
 from hypervisor.errors import HotplugRefused
 from hypervisor.spec import VhostUserDisk
+from tests.support.storage_daemon import DAEMON, served
 from tests.vm.guest import MARKS, PATIENCE_S, Guest, running_guest, specification
 from tests.vm.test_hotplug import inventory
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
-DAEMON = Path(shutil.which("qemu-storage-daemon") or "/nonexistent")
 pytestmark = [
     *MARKS,
     pytest.mark.skipif(not DAEMON.exists(), reason="qemu-storage-daemon is not installed"),
@@ -41,28 +38,6 @@ async def guest(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guest
     async with running_guest(directory, "agent.hotplug_timeout=60", changed=changed) as running:
         await running.agent.create_sandbox(pb.CreateSandboxRequest(sandbox_id="sb1"))
         yield running
-
-
-@contextmanager
-def served(image: Path, path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The daemon listens from the first moment: the socket is ours, and inherited."""
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen(1)
-        fd = listener.fileno()
-        argv = [
-            str(DAEMON),
-            *("--blockdev", f"driver=file,node-name=image,filename={image}"),
-            "--export",
-            f"type=vhost-user-blk,id=disk,node-name=image,addr.type=fd,addr.str={fd},writable=on",
-        ]
-        daemon = subprocess.Popen(argv, pass_fds=[fd])
-    try:
-        yield daemon
-    finally:
-        daemon.terminate()
-        daemon.wait(PATIENCE_S)
 
 
 def blank(path: Path) -> Path:

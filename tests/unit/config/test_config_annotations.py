@@ -59,6 +59,7 @@ SETS: dict[str, tuple[str, str, object]] = {
         ("file_mem_backend", "/dev/shm", "", "/dev/shm"),
         ("memory_offset", "16", "", 16),
         ("numa_mapping", "0 1,2-3", "", ("0", "1,2-3")),
+        ("enable_vhost_user_store", "true", "", True),
         ("vhost_user_store_path", "@/", "", "@/"),
         ("vhost_user_reconnect_timeout_sec", "3", "", 3),
         ("kernel", "@/other", "", "@/other"),
@@ -114,7 +115,10 @@ SETS: dict[str, tuple[str, str, object]] = {
 }
 
 # What makes sense only together with another one.
-WITH = {HYPERVISOR + "kernel_verity_params": {HYPERVISOR + "image": "@/other"}}
+WITH = {
+    HYPERVISOR + "kernel_verity_params": {HYPERVISOR + "image": "@/other"},
+    HYPERVISOR + "enable_vhost_user_store": {HYPERVISOR + "vhost_user_store_path": "@/"},
+}
 
 # Accepted with a warning that names the key.
 WARNS: dict[str, tuple[str, str]] = {
@@ -130,7 +134,6 @@ REFUSED: dict[str, str] = {
     HYPERVISOR + "use_vsock": "true",
     HYPERVISOR + "enable_iommu_platform": "true",  # on this machine
     HYPERVISOR + "cc_init_data": "eA==",
-    HYPERVISOR + "enable_vhost_user_store": "true",
     RUNTIME + "experimental": "a,b",
     RUNTIME + "guest_selinux_label": "x",
     RUNTIME + "sandbox_bind_mounts": "/etc",

@@ -30,6 +30,7 @@ OF_NO_USE = {
     "virtio_fs_queue_size",
     "valid_virtio_fs_daemon_paths",
     "valid_vhost_user_store_paths",
+    "vhost_user_store_path",
     "valid_entropy_sources",
     "valid_file_mem_backends",
 }
@@ -65,6 +66,11 @@ def test_a_guest_that_asks_for_nothing_else_loses_nothing(site: Site) -> None:
         ('shared_fs = "virtio-fs"', "shared_fs", "none"),
         (f"{QUIET}enable_hugepages = true", "enable_hugepages", False),
         (f'{QUIET}file_mem_backend = "/dev/shm"', "file_mem_backend", ""),
+        (
+            f"{QUIET}enable_vhost_user_store = true\nvhost_user_store_path = '/'",
+            "enable_vhost_user_store",
+            False,
+        ),
         (f"{QUIET}enable_virtio_mem = true", "enable_virtio_mem", False),
         (f"{QUIET}reclaim_guest_freed_memory = true", "reclaim_guest_freed_memory", False),
         (f'{QUIET}guest_memory_dump_path = "/var/crash"', "guest_memory_dump_path", ""),

@@ -11,6 +11,8 @@ from tests.unit.config.config_site import HOST, VERITY, Site
 NAME = "want a name that no other has, of 1 to 10 letters, digits, _ and -"
 WORDS = "want root_hash=...,salt=...,data_blocks=...,data_block_size=...,hash_block_size=..."
 
+STORE = "enable_vhost_user_store = true\n"
+
 
 @pytest.mark.parametrize(
     ("boot", "most", "cpus", "expected"),
@@ -153,6 +155,19 @@ def test_adjusted_values(site: Site, text: str, key: str, attribute: str, expect
             "machine_type = 's390-ccw-virtio'\nenable_iommu = true",
             "enable_iommu: guests with s390x have no virtual IOMMU",
         ),
+        (
+            f"{STORE}vhost_user_store_path = '/'\ndisable_block_device_use = true",
+            "enable_vhost_user_store: no disk reaches the guest with disable_block_device_use",
+        ),
+        (
+            f"{STORE}vhost_user_store_path = '/'\nrootless = true",
+            "enable_vhost_user_store: QEMU cannot open the sockets of other programs with rootless",
+        ),
+        (
+            f"{STORE}vhost_user_store_path = '/'\nmachine_type = 's390-ccw-virtio'",
+            "enable_vhost_user_store: guests with s390x have no disks that other programs serve",
+        ),
+        (f"{STORE}vhost_user_store_path = '/nowhere'", "vhost_user_store_path: '/nowhere' is no directory"),
         (
             "machine_type = 's390-ccw-virtio'\nenable_numa = true",
             "enable_numa: guests with s390x have no NUMA nodes",

@@ -126,7 +126,8 @@ def test_emulators_of_other_architectures_are_for_who_asks(
 ) -> None:
     system.release("debian", version)
     more = set(system.run("--list", "foreign").stdout.split()) - set(system.run("--list").stdout.split())
-    assert more == {"qemu-system-arm", s390x}
+    # Debian 12 has the storage daemon in a package that QEMU comes with.
+    assert more == {"qemu-system-arm", s390x} | ({"qemu-utils"} if version != "12" else set())
 
 
 def test_unknown_words_change_nothing(system: FakeSystem) -> None:

@@ -57,6 +57,8 @@ def shared(**changed: str) -> str:
 IMAGE = {QEMU + "image": '"@/image"', QEMU + "initrd": '""'}
 PMEM = IMAGE | {QEMU + "vm_rootfs_driver": '"virtio-pmem"'}
 GROWS = {QEMU + "enable_virtio_mem": "true", QEMU + "default_maxmemory": "4096"}
+SCSI = {QEMU + "block_device_driver": '"virtio-scsi"'}
+STORE = {QEMU + "enable_vhost_user_store": "true", QEMU + "vhost_user_store_path": '"@"'}
 STATIC = {RUNTIME + "static_sandbox_resource_mgmt": "true"}
 S390X = {QEMU + "machine_type": '"s390-ccw-virtio"'}
 SECRET = {QEMU + "firmware": '"@/other"', QEMU + "shared_fs": '"none"'}
@@ -153,6 +155,11 @@ NOW: dict[str, Shown] = {
     QEMU + "indep_iothreads": Shown("2", "iothread,id=spare-io1", {QEMU + "enable_iothreads": "true"}),
     QEMU + "queue_size": Shown("64", "queue-size=64", IMAGE),
     QEMU + "num_queues": Shown("2", "num-queues=2", IMAGE),
+    QEMU + "enable_vhost_user_store": Shown(
+        "true", "pci-bridge,id=disk-bridge,", {**SCSI, QEMU + "vhost_user_store_path": '"@"'}
+    ),
+    QEMU + "vhost_user_store_path": Shown('"@/none"', "/none' is no directory", STORE),
+    QEMU + "vhost_user_reconnect_timeout_sec": Shown("3", "vhost_user_reconnect_s=3,", STORE),
     QEMU + "pcie_root_port": Shown("1", "pcie-root-port,id=rp0,"),
     QEMU + "pcie_switch_port": Shown("1", "xio3130-downstream,"),
     QEMU + "enable_iommu": Shown("true", "intel-iommu,"),
@@ -185,7 +192,6 @@ NOW: dict[str, Shown] = {
         allowed("virtio_fs_daemon"),
         {"virtio_fs_daemon": "@/other"},
     ),
-    # That a pod may name the directory does not make the store one that there is.
     QEMU + "valid_vhost_user_store_paths": Shown(
         '["@/o*"]',
         "is not a path that pods may name",
@@ -302,7 +308,6 @@ OTHERS: dict[str, dict[str, str]] = {
         "factory.vm_cache_number": "1",
     },
     "refused": {
-        QEMU + "enable_vhost_user_store": "true",
         QEMU + "disable_guest_selinux": "false",
         QEMU + "jailer_path": '"/x"',
         QEMU + "valid_jailer_paths": '["/x"]',
@@ -318,8 +323,6 @@ OTHERS: dict[str, dict[str, str]] = {
         QEMU + "prefetch_list_path": '"/x"',
         QEMU + "disk_rate_limiter_bw_one_time_burst": "1",
         QEMU + "disk_rate_limiter_ops_one_time_burst": "1",
-        QEMU + "vhost_user_store_path": '"/x"',
-        QEMU + "vhost_user_reconnect_timeout_sec": "1",
         QEMU + "use_legacy_serial": "true",
         QEMU + "disable_seccomp": "true",
         QEMU + "disable_nesting_checks": "true",
