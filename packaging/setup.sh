@@ -14,7 +14,7 @@ packages() {
     # What is in the image that demo and tests run.
     echo busybox-static
     # The tests give containers disks.
-    echo e2fsprogs mount
+    echo e2fsprogs xfsprogs mount
     # The pods of the tests have networks of their own.
     echo containernetworking-plugins iproute2
     # Debian 12 ships virtiofsd inside its QEMU packages, later releases as a package of its own.
