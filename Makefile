@@ -127,7 +127,7 @@ fresh: venv-dev
 # Two runs: the integration tests adopt every process that containerd orphans, and the agent's tests reap every child
 # there is. Status 5 is "nothing selected", which TESTS=path may well lead to in one of them.
 test: check launchers guest root-images image foreign ## All checks and all tests, with real virtual machines and a real containerd.
-	@packaging/setup.sh foreign
+	@packaging/setup.sh tests
 	@$(PYTHON) packaging/qemu_versions.py fetch
 	KATA_PY_TEST_ALL_QEMUS=1 $(PYTHON) -m pytest -m 'not integration' $(PYTEST_ARGS) $(TESTS) || [ $$? -eq 5 ]
 	$(PYTHON) packaging/containerd_versions.py test --short $(PYTEST_ARGS) $(TESTS)

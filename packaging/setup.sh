@@ -1,7 +1,8 @@
 #!/bin/sh
 # Installs the Debian packages that building, running and testing need, and nothing when all are there.
-# This is the only list of them. Usage: setup.sh [--list] [foreign] [bench]. With --list it prints the list and changes
-# nothing; "foreign" adds the emulators of other architectures, "bench" what measuring needs. Tests point KATA_PY_OS_RELEASE and KATA_PY_POLICY at files of their own.
+# This is the only list of them. Usage: setup.sh [--list] [tests] [bench]. With --list it prints the list and changes
+# nothing; "tests" adds what only the tests need, the emulators of other architectures among it, and "bench" what
+# measuring needs. Tests point KATA_PY_OS_RELEASE and KATA_PY_POLICY at files of their own.
 set -eu
 
 packages() {
@@ -13,15 +14,18 @@ packages() {
     echo libseccomp2 procps
     # What is in the image that demo and tests run.
     echo busybox-static
-    # The tests give containers disks.
-    echo e2fsprogs xfsprogs mount
+    # Disks of containers get file systems from it.
+    echo e2fsprogs
     # The pods of the tests have networks of their own.
     echo containernetworking-plugins iproute2
     # Debian 12 ships virtiofsd inside its QEMU packages, later releases as a package of its own.
     if [ "$release" != 12 ]; then
         echo virtiofsd
     fi
-    if [ "$foreign" = yes ]; then
+    if [ "$tests" = yes ]; then
+        # Disks of other kinds, and an archive to compare ours with.
+        echo xfsprogs mount cpio
+        # Guests of other architectures are emulated.
         echo qemu-system-arm
         # In Debian 12 it is one of several that have a package together.
         if [ "$release" = 12 ]; then echo qemu-system-misc; else echo qemu-system-s390x; fi
@@ -35,14 +39,14 @@ packages() {
 }
 
 list=no
-foreign=no
+tests=no
 bench=no
 for word in "$@"; do
     case $word in
         --list) list=yes ;;
-        foreign) foreign=yes ;;
+        tests) tests=yes ;;
         bench) bench=yes ;;
-        *) echo "setup: unknown word $word; usage: setup.sh [--list] [foreign] [bench]" >&2; exit 2 ;;
+        *) echo "setup: unknown word $word; usage: setup.sh [--list] [tests] [bench]" >&2; exit 2 ;;
     esac
 done
 

@@ -46,7 +46,7 @@ def arch(request: pytest.FixtureRequest) -> Architecture:
 def foreign(arch: Architecture, containerd: Containerd) -> Containerd:
     """The same containerd, with the image of another architecture."""
     archive = FOREIGN / arch.platform / "busybox.tar"
-    assert archive.exists(), f"{archive} is missing: run packaging/setup.sh foreign, and make foreign"
+    assert archive.exists(), f"{archive} is missing: run packaging/setup.sh tests, and make foreign"
     containerd.checked("images", "import", "--no-unpack", "--all-platforms", str(archive))
     image = foreign_image.image(arch.platform).name
     return replace(containerd, image=image, platform=f"linux/{arch.platform}")

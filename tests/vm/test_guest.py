@@ -45,7 +45,7 @@ pytestmark = MARKS
 def software(request: pytest.FixtureRequest) -> Software:
     found: Software = request.param
     for path in (found.qemu, found.guest / "initrd.img", found.busybox):
-        assert path.exists(), f"{path} is missing: run packaging/setup.sh foreign, and make foreign"
+        assert path.exists(), f"{path} is missing: run packaging/setup.sh tests, and make foreign"
     return found
 
 
