@@ -12,7 +12,7 @@ import structlog
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable
 
     from agent_proto.client import AgentClient
     from config import Agent
@@ -27,6 +27,8 @@ _READY_LINE_LIMIT = 512
 _READY_LINE_LIMIT_S = 10.0
 _LONGEST_PAUSE_S = 0.5
 _WHAT = "the guest's agent cannot be reached"
+# A machine that goes down breaks the agent's connection a moment before QEMU has ended.
+_LAST_WORDS_S = 1.0
 
 
 class ReadySignal:
@@ -96,6 +98,27 @@ async def connected(
         )
     finally:
         await client.aclose()
+
+
+async def answered(call: Awaitable[T], machine: Machine) -> T:
+    """Wait for the agent's answer; a connection that breaks because the machine ends is told by its reason.
+
+    Raises:
+        BootFailed: the machine ended; quotes its last words.
+        RpcError: the agent refused.
+    """
+    from ttrpc import ConnectionClosed
+
+    answer = asyncio.ensure_future(call)
+    ends: list[asyncio.Future[Any]] = [answer, machine.exited]
+    try:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done() and not isinstance(answer.exception(), ConnectionClosed):
+            return answer.result()
+        await asyncio.wait([machine.exited], timeout=_LAST_WORDS_S)
+        raise machine.failure("the guest's agent is gone", "it closed the connection")
+    finally:
+        answer.cancel()
 
 
 async def _connect(machine: Machine, config: Agent, ready: ReadySignal, patience_s: float) -> socket.socket:

@@ -8,6 +8,7 @@ from shim.api.gen import events_pb2
 from shim.well_known import timestamp
 
 if TYPE_CHECKING:
+    from shim.creation import CreateRequest
     from shim.events import Publisher
     from shim.process import Exit, Process
 
@@ -19,6 +20,18 @@ class ContainerEvents:
         self._publish = events.publish
         self._id = container_id
         self._pid = pid
+
+    def created(self, request: CreateRequest) -> None:
+        stdin, stdout, stderr, terminal = request.stdio
+        self._publish(
+            events_pb2.TaskCreate(
+                container_id=self._id,
+                bundle=str(request.bundle),
+                rootfs=request.rootfs,
+                io=events_pb2.TaskIO(stdin=stdin, stdout=stdout, stderr=stderr, terminal=terminal),
+                pid=self._pid,
+            )
+        )
 
     def exec_added(self, exec_id: str) -> None:
         self._publish(events_pb2.TaskExecAdded(container_id=self._id, exec_id=exec_id))

@@ -21,18 +21,19 @@ import structlog
 from agent_proto.gen.kata_py_agent_pb2 import AcceptConnectionRequest, CloseSocketRequest, ListenSocketRequest
 from agent_proto.relay import SOCKETS_PORT, relay
 from shim.errors import NotSupported
+from shim.share import GUEST_PASSTHROUGH
 from ttrpc import Code, ConnectionClosed, RpcError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Iterator
     from contextlib import ExitStack
     from pathlib import Path
-    from typing import Any
 
+    from agent_proto.gen.oci_pb2 import Spec as OciSpec
     from hypervisor.vsock.base import Vsock
+    from shim.background import InBackground
     from shim.guest import Guest
-
-    InBackground = Callable[[Coroutine[Any, Any, None], str], None]
+    from shim.share import SharedDir
 
 log = structlog.get_logger()
 
@@ -124,6 +125,23 @@ class HostSockets:
         self._vsock = vsock
         self._in_background = in_background
         self._turns = asyncio.Semaphore(CONNECTIONS)
+
+    async def offer_mounted(self, spec: OciSpec, share: SharedDir, undo: ExitStack) -> None:
+        """Let a container reach the sockets that it mounts, and those in the directories that it mounts. Raises as
+        `offer`, and OSError."""
+        mounts = list(spec.Mounts)
+        del spec.Mounts[:]
+        for mount in mounts:
+            spec.Mounts.append(mount)
+            if not mount.source.startswith(f"{GUEST_PASSTHROUGH}/"):
+                continue
+            for place, fd in find(share.on_host(mount.source)):
+                path = f"{mount.destination.rstrip('/')}/{place}".rstrip("/")
+                source = await self.offer(fd, f"{path} of the container", undo)
+                if place:
+                    spec.Mounts.add(destination=path, type="bind", source=source, options=["bind"])
+                else:
+                    spec.Mounts[-1].source = source
 
     async def offer(self, fd: int, source: str, undo: ExitStack) -> str:
         """The guest's path of a socket that stands for the one behind `fd`, which belongs to this from now on. `source`

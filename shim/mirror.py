@@ -25,14 +25,14 @@ from agent_proto.gen.kata_py_agent_pb2 import MirrorEntry, RemoveMirrorRequest, 
 from ttrpc import Code, ConnectionClosed, RpcError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import ExitStack
     from pathlib import Path
-    from typing import Any
 
+    from shim.background import InBackground
     from shim.guest import Guest
-
-    InBackground = Callable[[Coroutine[Any, Any, None], str], None]
+    from shim.share import SharedDir
+    from shim.volumes import KubeletVolume
 
 log = structlog.get_logger()
 
@@ -215,6 +215,14 @@ class Mirrors:
         self._watch: DirectoryWatch | None = None
         # By device and inode of the directory.
         self._mirrors: dict[tuple[int, int], _Mirror] = {}
+
+    async def stand_in(
+        self, volumes: Sequence[KubeletVolume], guest: Guest, share: SharedDir, undo: ExitStack
+    ) -> None:
+        """Let a container have copies of its volumes, of those that the guest can have a copy of. Raises as `add`."""
+        for source, mount in volumes:
+            if copy := await self.add(guest, share.on_host(mount.source), source, undo):
+                mount.source = copy
 
     async def add(self, guest: Guest, folder: Path, source: str, undo: ExitStack) -> str | None:
         """The path of a copy of `folder` in the guest, for one container; None when there is to be none, which is

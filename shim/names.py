@@ -15,6 +15,7 @@ import structlog
 from agent_proto.gen.kata_py_agent_pb2 import AnswerNameRequest, NextNamesRequest
 from hypervisor.errors import HostUnsupported
 from hypervisor.netns import entered
+from shim.pod import dns_of
 from ttrpc import RpcError
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
     from agent_proto.client import AgentClient
     from agent_proto.gen.kata_py_agent_pb2 import NameQuestion
+    from shim.background import InBackground
+    from shim.bundle import Bundle
+    from shim.network import PodNetwork
+    from shim.pod import Pod
 
 log = structlog.get_logger()
 
@@ -34,6 +39,26 @@ _AT_ONCE = 64
 _PAUSE_S = 1.0
 _MAX_BYTES = 65535
 _LENGTH_BYTES = 2
+
+
+class Names:
+    """The name server of one guest, which is served as soon as a container comes that is to ask it."""
+
+    def __init__(self, agent: AgentClient, network: PodNetwork, in_background: InBackground) -> None:
+        self._agent = agent
+        self._network = network
+        self._in_background = in_background
+        self._begun = False
+
+    async def serve_for(self, bundle: Bundle, pod: Pod) -> None:
+        """Let the container ask, if it or its pod says that it does."""
+        netns = self._network.netns
+        if self._begun or netns is None:
+            return
+        if is_asked_for((*dns_of(bundle), *pod.dns)):
+            self._begun = True
+            if await begin(self._agent):
+                self._in_background(serve(self._agent, netns), "serve names")
 
 
 def is_asked_for(lines: Iterable[str]) -> bool:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 TAG = "kataShared"
 GUEST_ROOT = "/run/kata-containers/shared/containers"
+# The memory that the containers of a pod share, which the guest has from its start.
+GUEST_SHM = "/run/kata-containers/sandbox/shm"
 _BASENAME_BYTES = 64
 _READ_ONLY = frozenset({"ro", "rro"})
 _FOLLOWING = frozenset({"slave", "rslave", "shared", "rshared"})

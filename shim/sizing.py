@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -23,15 +23,14 @@ from shim.pinning import Pinning, cpus_of
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from agent_proto.client import AgentClient
     from agent_proto.gen.oci_pb2 import LinuxResources
     from config import Config
     from config.schema import Qemu
     from hypervisor.qemu.machine import Machine
-
-    InBackground = Callable[[Coroutine[Any, Any, None], str], None]
+    from shim.background import InBackground
 
 log = structlog.get_logger()
 

@@ -18,9 +18,9 @@ from google.protobuf.empty_pb2 import Empty
 from shim import VERSION, oci, stats
 from shim.api.gen import task_types_pb2
 from shim.api.gen import task_v3_pb2 as pb
+from shim.creation import CreateRequest
 from shim.errors import InvalidRequest, NotFound, NotSupported
 from shim.io import Stdio
-from shim.sandbox import CreateRequest
 from shim.status import one_line
 from shim.well_known import packed, timestamp
 

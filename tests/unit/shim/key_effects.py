@@ -26,7 +26,7 @@ from hypervisor.qemu.cmdline import Fds, build_cmdline
 from hypervisor.qemu.nic import NicFds
 from netlink.objects import IFF_UP, Link
 from shim import agent as agent_of_shim
-from shim import agent_log, boot, crossing, mounts, network, passthrough, paths, sandbox
+from shim import agent_log, boot, creation, crossing, mounts, network, passthrough, paths, sandbox
 from shim.agent import connected
 from shim.errors import ShimError
 from shim.interfaces import Interface, Snapshot
@@ -312,17 +312,17 @@ async def _bring_up(folder: Path, seen: list[str]) -> None:
         "s1", start, ours.share, cast("Any", _Events()), namespace="n", outlives_containers=False
     )
     pod.bring_up()
-    request = sandbox.CreateRequest("s1", folder, (), Stdio("", "", "", False))
+    request = creation.CreateRequest("s1", folder, (), Stdio("", "", "", False))
     try:
         try:
             await pod.create_container(request)
         except (ShimError, RpcError) as err:
             seen.append(f"no container: {err}")
-        inside = pod._inside
-        if inside is None:
+        running = pod._running
+        if running is None:
             await pod._guest()
         else:
-            limits = vars(inside.agent) | vars(inside.liveness)
+            limits = vars(running.agent) | vars(running.guest.liveness)
             seen += [
                 f"{name}: {limits[name]}"
                 for name in ("_timeout_s", "_create_container_timeout_s", "_check_s")

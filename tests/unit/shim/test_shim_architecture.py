@@ -207,6 +207,29 @@ async def test_the_machine_of_the_first_container_is_replaced(boot: FakeBoot, ro
         assert boot.done == ["machine", ("the pod", ARM), "machine"]
 
 
+class UpGuest:
+    """A guest that is up; `done` are the steps of its end."""
+
+    def __init__(self, done: list[object]) -> None:
+        self._done = done
+
+    async def retire(self, *, write_out: bool) -> None:
+        self._done.append(f"retired, write_out={write_out}")
+
+    async def aclose(self) -> None:
+        self._done.append("connection closed")
+
+
+async def test_nothing_of_a_guest_serves_the_next_one(boot: FakeBoot, root: Path) -> None:
+    (root / "bin" / "sh").write_bytes(ARM64)
+    async with sandbox(boot, root) as made:
+        made._running = cast(Any, UpGuest(boot.done))
+        await made._suit("c1", process("sh"))
+        assert not made.is_up
+        ended = ["retired, write_out=False", "connection closed"]
+        assert boot.done == ["machine", *ended, ("the pod", ARM)]
+
+
 @pytest.mark.parametrize("head", [AMD64, elf(243), b"?"])
 async def test_nothing_happens_to_one_that_fits_or_may_fit(boot: FakeBoot, root: Path, head: bytes) -> None:
     (root / "bin" / "sh").write_bytes(head)

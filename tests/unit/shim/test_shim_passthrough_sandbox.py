@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import AsyncExitStack
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,14 +13,13 @@ import pytest
 from config import Config
 from config.schema import Qemu
 from hypervisor.errors import HotplugRefused
+from shim.bring_up import RunningGuest
+from shim.creation import CreateRequest
 from shim.errors import InvalidRequest
-from shim.guest import Guest
 from shim.io import Stdio
-from shim.liveness import Liveness
 from shim.pod import Pod
 from shim.process import Exit
-from shim.sandbox import CreateRequest, Sandbox
-from shim.sizing import Sizing
+from shim.sandbox import Sandbox
 from tests.support.stub_guest import VM_PID, StubAgent, StubPublisher
 from tests.unit.shim.test_shim_passthrough import GPU, NIC, SOUND, World
 from ttrpc import Code, RpcError
@@ -55,16 +55,18 @@ class Pods:
         )  # fmt: skip
         agent = cast("Any", self.agent)
         machine = cast("Any", self.world.machine)
-        machine.pid = VM_PID
+        machine.pid, machine.stop, machine.vsock = VM_PID, self._nothing, None
         self.sandbox._machine = machine
-        self.sandbox._inside = Guest(agent, VM_PID, Liveness(agent, None))
-        self.sandbox._sizing = Sizing(machine, agent, Config(), self.sandbox._in_background)
+        self.sandbox._running = RunningGuest(
+            cast("Any", boot), machine, agent, self.sandbox._background.begin,
+            host_mounts=None, resources=AsyncExitStack(),
+        )  # fmt: skip
         self.sandbox._up = asyncio.create_task(self._nothing())
 
     async def _nothing(self, *_: object) -> None:
         """Is up already."""
 
-    async def create(self, container_id: str, *files: str) -> Container:
+    async def create(self, container_id: str, *files: str, **more: Any) -> Container:
         bundle = self._folder / container_id
         bundle.mkdir()
         nodes = [{"path": path, "type": "c", "major": 240, "minor": 1} for path in files]
@@ -72,6 +74,7 @@ class Pods:
             "process": {"args": ["true"], "cwd": "/"},
             "root": {"path": "rootfs"},
             "linux": {"devices": nodes},
+            **more,
         }
         (bundle / "config.json").write_text(json.dumps(spec))
         self.agent.ended[container_id, ""] = asyncio.get_running_loop().create_future()
@@ -85,8 +88,8 @@ class Pods:
         await self.sandbox.delete_container(container)
 
     async def settle(self) -> None:
-        while self.sandbox._background:
-            await asyncio.gather(*self.sandbox._background, return_exceptions=True)
+        while tasks := self.sandbox._background._tasks:
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def told(self) -> list[str]:
@@ -119,6 +122,13 @@ async def test_a_container_that_the_agent_refuses_keeps_none(pods: Pods) -> None
     pods.agent.refuse("create_container", Code.INVALID_ARGUMENT)
     with pytest.raises(RpcError, match="create_container is refused"):
         await pods.create("c1", "/dev/vfio/13")
+    await pods.settle()
+    assert pods.told == [f"plug {NIC}", f"unplug {NIC}"]
+
+
+async def test_a_container_with_a_hook_that_is_none_keeps_none(pods: Pods) -> None:
+    with pytest.raises(InvalidRequest, match="hook 'relative': want an absolute path"):
+        await pods.create("c1", "/dev/vfio/13", hooks={"prestart": [{"path": "relative"}]})
     await pods.settle()
     assert pods.told == [f"plug {NIC}", f"unplug {NIC}"]
 
