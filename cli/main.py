@@ -74,8 +74,8 @@ def check(
 ) -> None:
     """Tell whether this host can run containers with kata-py, and what to do when it cannot.
 
-    Looks at the configuration, QEMU, KVM, vsock, virtiofsd, the guest, control groups and containerd, and
-    changes nothing. Exit status 1 means that something required is missing.
+    Looks at the configuration, QEMU, KVM, vsock, network, host devices, virtiofsd, guests, control groups, containerd.
+    Changes nothing. Exit status 1 means that something required is missing.
     """
     from cli import host_check, output
 
@@ -118,10 +118,9 @@ def guest_build(
 ) -> None:
     """Make a guest out of the distribution's packages; needs neither root nor anything installed.
 
-    In another place than the default one, name the two files as `kernel` and `initrd` in [hypervisor.qemu]. With
-    --image the lines for a guest that boots from the root image are printed.
-    Downloads are kept below XDG_CACHE_HOME, and a guest that is up to date is left alone, so a repetition is
-    cheap.
+    In another place than the default one, name the two files as `kernel` and `initrd` of the section hypervisor.qemu.
+    With --image the lines for a guest that boots from the root image are printed.
+    Downloads are kept below XDG_CACHE_HOME, and a guest that is up to date is left alone, so a repetition is cheap.
     """
     from cli import guest
 

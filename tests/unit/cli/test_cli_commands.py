@@ -73,6 +73,13 @@ def test_help_without_a_command(kata_py: Callable[..., tuple[int, str]], words: 
     assert "Usage" in output
 
 
+def test_help_of_a_build_names_the_section_that_the_files_go_into(
+    kata_py: Callable[..., tuple[int, str]],
+) -> None:
+    status, text = kata_py("guest", "build", "--help")
+    assert (status, "of the section hypervisor.qemu." in " ".join(text.split())) == (0, True)
+
+
 def test_help_loads_nothing_of_ours_but_the_commands() -> None:
     code = (
         "import sys\n"
