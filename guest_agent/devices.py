@@ -1,7 +1,8 @@
 """Which devices a container has: the usual ones, those of its specification, or all of the guest's.
 
 A privileged container is told by its one rule, which allows every device. For others "every device" means those of the
-machine that they run on, and this is the guest: the host sends none of its own.
+machine that they run on, and this is the guest. What the host has lent to a container is added elsewhere (`disks`,
+`passthrough`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`spawned()`: the only place that starts helper programs (QEMU, virtiofsd).
+"""`spawned()`: the only place that starts programs of the host: QEMU, virtiofsd, and what hooks and loggers name.
 
 What a helper can rely on, and what it cannot do:
 

@@ -29,7 +29,7 @@ _TEMPLATE_ONLY = "of templates, and every sandbox boots its own guest"
 _SWAP_ONLY = "of use only with `enable_guest_swap`"
 _REMOTE_ONLY = "of hypervisors on other machines"
 _EACH = "each network interface of the guest"
-_NO_DISK_LIMIT = "disks have no limits; limit the I/O of containers instead"
+_NO_DISK_LIMIT = "disks have no limits"
 
 
 class QemuFactory(Section, frozen=True):

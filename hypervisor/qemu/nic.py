@@ -1,4 +1,5 @@
-"""The guest's network interfaces: a tap of the host behind a virtio device each, from the start or plugged in later.
+"""The guest's network interfaces: a virtio device each, from the start or plugged in later. Behind it is a tap
+or a macvtap of the host, or a vhost-user server.
 
 Loaded when a machine has one, or a place for one.
 """
