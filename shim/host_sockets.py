@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import structlog
 
 from agent_proto.gen.kata_py_agent_pb2 import AcceptConnectionRequest, CloseSocketRequest, ListenSocketRequest
-from agent_proto.relay import SOCKETS_PORT, relay
+from agent_proto.relay import SOCKETS_PORT, TOKEN_BYTES, relay
 from shim.errors import NotSupported
 from shim.share import GUEST_PASSTHROUGH
 from ttrpc import Code, ConnectionClosed, RpcError
@@ -46,6 +46,8 @@ SOCKETS = 64
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # How long a server may leave a connection in its queue.
 _CONNECT_LIMIT_S = 10
+# How many at once wait for that, each in a thread: fewer than the event loop has for everything (five or more).
+_WAITING = 4
 _GUEST_LIMIT_S = 30.0
 
 
@@ -125,6 +127,9 @@ class HostSockets:
         self._vsock = vsock
         self._in_background = in_background
         self._turns = asyncio.Semaphore(CONNECTIONS)
+        self._waiting = asyncio.Semaphore(_WAITING)
+        # Sockets whose server refused: a guest that tries again and again writes no more into the log.
+        self._refused: set[str] = set()
 
     async def offer_mounted(self, spec: OciSpec, share: SharedDir, undo: ExitStack) -> None:
         """Let a container reach the sockets that it mounts, and those in the directories that it mounts. Raises as
@@ -186,6 +191,11 @@ class HostSockets:
         try:
             while True:
                 reply = await self._guest.agent.accept_connection(AcceptConnectionRequest(name=name))
+                if len(reply.token) != TOKEN_BYTES:
+                    log.warning(
+                        "host_socket_closed", source=source, reason="the guest's agent broke the rules"
+                    )
+                    return
                 await self._turns.acquire()
                 # A descriptor of its own: the connection may take longer than the container lives.
                 own = os.dup(fd)
@@ -200,9 +210,9 @@ class HostSockets:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
                 try:
-                    await _connect(server, fd)
+                    await self._connect(server, fd)
                 except OSError as err:
-                    log.warning("host_socket_refused", source=source, reason=err.strerror or str(err))
+                    self._say_refused(source, err)
                     server.close()
                 async with asyncio.timeout(_GUEST_LIMIT_S):
                     program = await self._vsock.connect(SOCKETS_PORT)
@@ -217,21 +227,28 @@ class HostSockets:
             os.close(fd)
             self._turns.release()
 
+    async def _connect(self, server: socket.socket, fd: int) -> None:
+        """Connect to the socket behind a descriptor; leaves `server` non-blocking. Raises OSError."""
+        server.setblocking(False)
+        try:
+            server.connect(f"/proc/self/fd/{fd}")
+        except BlockingIOError:
+            # Its queue is full. The kernel tells nobody when it is not any more: only who waits in connect() learns it.
+            async with self._waiting:
+                server.setblocking(True)
+                server.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _CONNECT_LIMIT_S, 0)
+                )
+                await asyncio.to_thread(server.connect, f"/proc/self/fd/{fd}")
+                server.setblocking(False)
+
+    def _say_refused(self, source: str, err: OSError) -> None:
+        say = log.debug if source in self._refused else log.warning
+        say("host_socket_refused", source=source, reason=err.strerror or str(err))
+        self._refused.add(source)
+
     async def _close(self, name: str) -> None:
         try:
             await self._guest.agent.close_socket(CloseSocketRequest(name=name))
         except RpcError as err:
             log.debug("host_socket_not_closed", name=name, error=str(err))
-
-
-async def _connect(server: socket.socket, fd: int) -> None:
-    """Connect to the socket behind a descriptor; leaves `server` non-blocking. Raises OSError."""
-    server.setblocking(False)
-    try:
-        server.connect(f"/proc/self/fd/{fd}")
-    except BlockingIOError:
-        # Its queue is full. The kernel tells nobody when it is not any more: only who waits in connect() learns it.
-        server.setblocking(True)
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _CONNECT_LIMIT_S, 0))
-        await asyncio.to_thread(server.connect, f"/proc/self/fd/{fd}")
-        server.setblocking(False)

@@ -38,7 +38,7 @@ _AT_ONCE = 64
 # For a guest that answers without having been asked anything.
 _PAUSE_S = 1.0
 _MAX_BYTES = 65535
-_LENGTH_BYTES = 2
+_LENGTH_BYTES = 2  # that is why a message has no more (RFC 1035, 4.2.2)
 
 
 class Names:
@@ -96,6 +96,8 @@ async def serve(agent: AgentClient, netns: Path, *, port: int = PORT) -> None:
 async def _answer(agent: AgentClient, netns: Path, port: int, question: NameQuestion) -> None:
     answer = b""
     try:
+        if len(question.message) > _MAX_BYTES:
+            raise EOFError(f"a question of {len(question.message)} bytes, of at most {_MAX_BYTES}")
         async with asyncio.timeout(_ANSWER_LIMIT_S):
             if question.by_tcp:
                 answer = await _asked_by_tcp(netns, port, question.message)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,6 +158,52 @@ async def test_a_server_that_is_gone_is_told_in_the_log(site: Site) -> None:
         assert await answer(path, b"") == b""
     assert [(line["event"], line["source"], line["reason"]) for line in lines] == [
         ("host_socket_refused", "/run/app.sock", "Connection refused")
+    ]
+
+
+async def test_a_guest_cannot_fill_the_log(site: Site) -> None:
+    await site.serve()
+    with ExitStack() as undo, capture_logs() as lines:
+        path = await site.offered(undo)
+        assert site.server is not None
+        site.server.close()
+        for _ in range(3):
+            assert await answer(path, b"") == b""
+    levels = [line["log_level"] for line in lines if line["event"] == "host_socket_refused"]
+    assert levels == ["warning", "debug", "debug"]
+
+
+async def test_full_queues_leave_threads_for_others(site: Site) -> None:
+    """Those of the event loop are few, and everybody's."""
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(5) as few, socket.socket(socket.AF_UNIX) as listener, ExitStack() as undo:
+        loop.set_default_executor(few)
+        listener.bind(str(site.path))
+        listener.listen(0)
+        path = await site.offered(undo)
+        waiting = [asyncio.create_task(answer(path, b"")) for _ in range(12)]
+        while sum(task.get_name().startswith("connection") for task in site.tasks) < 12:
+            await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            await asyncio.to_thread(listener.close)  # now all are refused
+            await asyncio.gather(*waiting)
+
+
+@pytest.mark.parametrize("token", [b"", bytes(MIB)])
+async def test_a_token_that_is_none_ends_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch, token: bytes
+) -> None:
+    async def accept(request: object) -> AcceptConnectionResponse:
+        return AcceptConnectionResponse(token=token)
+
+    await site.serve()
+    monkeypatch.setattr(site.agent, "accept_connection", accept)
+    with ExitStack() as undo, capture_logs() as lines:
+        await site.offered(undo)
+        async with asyncio.timeout(60):
+            await asyncio.gather(*site.tasks)
+    assert [(line["event"], line["reason"]) for line in lines] == [
+        ("host_socket_closed", "the guest's agent broke the rules")
     ]
 
 

@@ -99,6 +99,25 @@ def test_no_server_there() -> None:
     in_network_namespace(lambda: asyncio.run(work()))
 
 
+def test_a_question_that_is_too_long_harms_no_other() -> None:
+    """No program can ask it, but an agent that is not ours can send it."""
+
+    async def work() -> None:
+        agent: Any = Agent(
+            [NameQuestion(number=n, by_tcp=bool(n % 2), message=bytes(65536)) for n in range(2)],
+            [NameQuestion(number=2, by_tcp=True, message=question(2))],
+        )
+        with serving(OWN, names.ADDRESS):
+            await until_answered(agent, 3)
+        assert agent.answers == {0: b"", 1: b"", 2: answer_to(question(2))}
+
+    def run() -> None:
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        asyncio.run(work())
+
+    in_network_namespace(run)
+
+
 async def test_an_agent_that_cannot() -> None:
     class Stock:
         async def next_names(self, request: Any) -> None:
