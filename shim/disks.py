@@ -8,6 +8,7 @@ import stat
 from base64 import urlsafe_b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -18,7 +19,7 @@ from shim.disk_needs import of_bind
 from shim.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Coroutine, Hashable, Sequence
 
     from agent_proto.gen import agent_pb2
     from hypervisor.qemu.disk import DiskAddress
@@ -50,7 +51,8 @@ class Disks:
         self._namespace = namespace
         self._attached: dict[Hashable, _Attached] = {}
         self._count = 0
-        self._lock = asyncio.Lock()
+        # One for each disk: a guest that does not let go of one delays nobody who wants another.
+        self._locks: WeakValueDictionary[Hashable, asyncio.Lock] = WeakValueDictionary()
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def attach(
@@ -90,10 +92,7 @@ class Disks:
         for key, entry in list(self._attached.items()):
             entry.users.discard(user)
             if not entry.users:
-                task = asyncio.create_task(self._unplug(key, entry), name=f"unplug {entry.id}")
-                self._leaving.add(task)
-                task.add_done_callback(self._leaving.discard)
-                leaving.append(task)
+                leaving.append(self._leave(self._unplug(key, entry), entry.id))
         if leaving:
             await asyncio.wait(leaving, timeout=_UNPLUG_LIMIT_S)
 
@@ -115,17 +114,16 @@ class Disks:
             ) from err
         try:
             key = _identity(fd, need)
-            async with self._lock:  # two containers may come with the same disk at the same time
+            async with self._lock(key):  # two containers may come with the same disk at the same time
                 entry = self._attached.get(key)
                 if entry is None:
-                    self._count += 1
                     disk = Disk(
-                        id=f"disk{self._count}",
+                        id=self._new_id(),
                         read_only=need.read_only,
                         shared=bool(need.container_path),
                         discard=need.discard,
                     )
-                    address = await self._machine.plug_disk(disk, fd)
+                    address = await self._whole(self._plug_file(disk, os.dup(fd)), disk.id)
                     log.info("disk_plugged", source=need.path, disk=disk.id, address=address.address)
                     entry = self._attached[key] = _Attached(disk.id, disk.read_only, address, set())
                 entry.users.add(user)
@@ -133,22 +131,56 @@ class Disks:
         finally:
             os.close(fd)
 
+    async def _plug_file(self, disk: Disk, fd: int) -> DiskAddress:
+        try:
+            return await self._machine.plug_disk(disk, fd)
+        finally:
+            os.close(fd)
+
     async def _plug_served(self, need: Need, user: str) -> DiskAddress:
         """A disk that another program serves, which a container has to itself."""
         key = ("socket", need.path)
-        async with self._lock:
+        async with self._lock(key):
             entry = self._attached.get(key)
             if entry is None:
-                self._count += 1
-                disk = VhostUserDisk(id=f"disk{self._count}", socket=Path(need.path))
-                address = await self._machine.plug_vhost_user_disk(disk)
+                disk = VhostUserDisk(id=self._new_id(), socket=Path(need.path))
+                address = await self._whole(self._machine.plug_vhost_user_disk(disk), disk.id)
                 log.info("disk_plugged", source=need.path, disk=disk.id, address=address.address)
                 entry = self._attached[key] = _Attached(disk.id, need.read_only, address, set())
             entry.users.add(user)
             return entry.address
 
+    async def _whole(self, plugging: Coroutine[None, None, DiskAddress], disk_id: str) -> DiskAddress:
+        """Plug in to the end, in several steps of QEMU's: who gives up in between leaves it to be undone."""
+        task = asyncio.ensure_future(plugging)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._leave(self._unwanted(task, disk_id), disk_id)
+            raise
+
+    async def _unwanted(self, plugging: asyncio.Future[DiskAddress], disk_id: str) -> None:
+        try:
+            await plugging
+            await self._machine.unplug_disk(disk_id)
+        except (HypervisorError, OSError) as err:
+            log.warning("disk_not_unplugged", disk=disk_id, error=str(err))
+
+    def _leave(self, work: Coroutine[None, None, None], disk_id: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=f"unplug {disk_id}")
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        return task
+
+    def _lock(self, key: Hashable) -> asyncio.Lock:
+        return self._locks.setdefault(key, asyncio.Lock())
+
+    def _new_id(self) -> str:
+        self._count += 1
+        return f"disk{self._count}"
+
     async def _unplug(self, key: Hashable, entry: _Attached) -> None:
-        async with self._lock:
+        async with self._lock(key):
             if entry.users or self._attached.get(key) is not entry:
                 return  # somebody else has come for it, or has taken it out
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -187,3 +188,44 @@ async def test_the_end_waits_for_no_disk(
     await attached.release()
     await disks.aclose()
     assert not disks._leaving
+
+
+async def test_a_guest_that_keeps_a_disk_delays_no_other_container(
+    disks: Disks, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disks_module, "_UNPLUG_LIMIT_S", 0.01)
+    machine.letting_go.clear()
+    attached = await disks.attach([Need(path=image(tmp_path, "x"), fstype="ext4")], request("a"))
+    await attached.release()
+    async with asyncio.timeout(60):
+        await disks.attach([Need(path=image(tmp_path, "y"), fstype="ext4")], request("b"))
+    assert list(machine.disks) == ["disk1", "disk2"]
+    await disks.aclose()
+
+
+async def test_who_gives_up_while_a_disk_is_plugged_in_leaves_none(
+    disks: Disks, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU is told all of it first: in the middle nothing could be undone."""
+    begun, go_on, plug = asyncio.Event(), asyncio.Event(), machine.plug_disk
+    sizes = []
+
+    async def slowly(disk: Disk, fd: int) -> DiskAddress:
+        begun.set()
+        await go_on.wait()
+        sizes.append(os.fstat(fd).st_size)
+        return await plug(disk, fd)
+
+    monkeypatch.setattr(machine, "plug_disk", slowly)
+    need = Need(path=image(tmp_path, "x"), fstype="ext4")
+    attaching = asyncio.create_task(disks.attach([need], request("a")))
+    await begun.wait()
+    attaching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await attaching
+    go_on.set()
+    async with asyncio.timeout(60):
+        await asyncio.gather(*disks._leaving)
+    assert (sizes, machine.disks) == ([512], {})
+    await disks.attach([need], request("b"))
+    assert list(machine.disks) == ["disk2"]
