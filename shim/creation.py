@@ -7,6 +7,7 @@ there are is `shim.sandbox`; how single mounts, disks, devices or hooks are deal
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -228,8 +229,9 @@ class Creation:
     async def _call_agent(self, message: agent_pb2.CreateContainerRequest, running: RunningGuest) -> None:
         try:
             await answered(running.agent.create_container(message), running.machine)
-        except RpcError as err:
-            if err.code is Code.DEADLINE_EXCEEDED:
+        except (RpcError, asyncio.CancelledError) as err:
+            # Nobody waits for it any more, and the guest may make it all the same.
+            if isinstance(err, asyncio.CancelledError) or err.code is Code.DEADLINE_EXCEEDED:
                 self._around.in_background(_forget(running.agent, self._id), f"forget {self._what}")
             raise
 

@@ -49,7 +49,8 @@ def read(sandbox_id: str) -> Record | None:
             data["namespace"], data["bundle"], data["socket"], int(data["pid"]), int(data["start_time"])
         )
         netns, ifindexes = data["network"]
-        record.cgroup = [str(folder) for folder in data["cgroup"]]
+        # Shims that were started before this version have none, and go on through an upgrade.
+        record.cgroup = [str(folder) for folder in data.get("cgroup", ())]
         record.network = str(netns), [int(ifindex) for ifindex in ifindexes]
         record.helpers = {name: (int(pid), int(start)) for name, (pid, start) in data["helpers"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

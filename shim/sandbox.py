@@ -136,6 +136,10 @@ class Sandbox:
         self._creating.add(container_id)
         try:
             container = await self._create(request)
+        except BaseException:
+            if self._running is not None and self._stopping is None:
+                self._running.sizing.give_back()
+            raise
         finally:
             self._creating.discard(container_id)
         self._containers[container_id] = container

@@ -28,6 +28,7 @@ RPC_CODES: Mapping[str, Code] = {
     "InvalidSpec": Code.INVALID_ARGUMENT,
     "HostUnsupported": Code.FAILED_PRECONDITION,
     "HotplugRefused": Code.FAILED_PRECONDITION,
+    "QmpRefused": Code.FAILED_PRECONDITION,  # the machine is there, and will say so again
     "DeviceUnavailable": Code.FAILED_PRECONDITION,
     "ProgramNotFound": Code.FAILED_PRECONDITION,
     "HypervisorError": Code.UNAVAILABLE,

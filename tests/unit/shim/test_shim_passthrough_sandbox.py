@@ -163,3 +163,22 @@ async def test_a_guest_that_keeps_a_device_delays_no_deletion(
     await pods.delete(container)
     kept.set()
     await pods.settle()
+
+
+async def test_a_container_whose_create_is_given_up_leaves_guest_and_machine(
+    pods: Pods, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A containerd that ends takes its calls with it; the guest goes on making the container."""
+    given_back = []
+    assert pods.sandbox._running is not None
+    monkeypatch.setattr(pods.sandbox._running.sizing, "give_back", lambda: given_back.append(1))
+    pods.agent.hold("create_container")
+    creating = asyncio.create_task(pods.create("c1", "/dev/vfio/13"))
+    await pods.agent.until_called("create_container")
+    creating.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await creating
+    await pods.settle()
+    assert pods.agent.called("remove_container") == 1
+    assert pods.told == [f"plug {NIC}", f"unplug {NIC}"]
+    assert given_back == [1]

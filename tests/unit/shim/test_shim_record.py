@@ -77,6 +77,16 @@ def test_unreadable_record_is_none(text: str) -> None:
     assert not Path(paths.run_dir("s1")).exists()
 
 
+def test_a_record_of_before_control_groups_were_in_it() -> None:
+    Path(paths.run_dir("s1")).mkdir(parents=True)
+    Path(paths.run_dir("s1"), "record.json").write_text(
+        json.dumps(GOOD | {"helpers": {"qemu": [7, 8]}, "network": ["/ns", [2]]})
+    )
+    found = record.read("s1")
+    assert found is not None
+    assert (found.helpers, found.network, found.cgroup) == ({"qemu": (7, 8)}, ("/ns", [2]), [])
+
+
 def test_start_time_of_a_process_with_a_strange_name(tmp_path: Path) -> None:
     program = tmp_path / "a) R 1 (b"
     program.symlink_to("/bin/sleep")

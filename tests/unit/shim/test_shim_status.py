@@ -35,7 +35,7 @@ PROBLEMS = (Problem(Path("/c"), "a.b", "is wrong"), Problem(None, "", "is missin
         (vm.ProgramNotFound("/q", "gone", "look"), Code.FAILED_PRECONDITION, "cannot start /q: gone; look"),
         (vm.BootFailed("a", "b", "c"), Code.UNAVAILABLE, "a: b; c"),
         (vm.QmpUnavailable("x"), Code.UNAVAILABLE, "x"),
-        (vm.QmpRefused("stop", "k", "d"), Code.UNAVAILABLE, "QEMU refused stop: d (k)"),
+        (vm.QmpRefused("stop", "k", "d"), Code.FAILED_PRECONDITION, "QEMU refused stop: d (k)"),
         (PermissionError(1, "not allowed", "/p"), Code.INTERNAL, "[Errno 1] not allowed: '/p'"),
         (RpcError(Code.ABORTED, "from the agent"), Code.ABORTED, "from the agent"),
         (ConnectionClosed(), Code.UNAVAILABLE, "ttrpc: closed"),
