@@ -12,6 +12,10 @@ import time
 
 from shim import paths, record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing itself takes too long to import here
+    from collections.abc import Callable
+
 # containerd gives `delete` five seconds in all.
 _KILL_WAIT_S = 3.0
 
@@ -25,17 +29,33 @@ def clean_up(sandbox_id: str, *, keep_socket: str = "") -> None:
         OSError: something could not be removed; the message names it.
     """
     owner = record.read(sandbox_id)
+    failures = []
     if owner is not None:
         _kill_all([(owner.pid, owner.start_time), *owner.helpers.values()])
         if owner.socket != keep_socket:
-            _unlink(owner.socket)
-        _forget_network(*owner.network)
-        _remove_cgroup(owner.cgroup)
-    for directory in (paths.shared_dir(sandbox_id), paths.run_dir(sandbox_id)):
-        if os.path.lexists(directory):
-            unmount_below(directory)
-            remove_tree(directory)
+            failures += _failure(_unlink, owner.socket)
+        failures += _failure(_forget_network, *owner.network)
+        failures += _failure(_remove_cgroup, owner.cgroup)
+    failures += _failure(_remove_directory, paths.shared_dir(sandbox_id))
+    if failures:
+        raise failures[0]  # and the record stays for whoever tries again
+    _remove_directory(paths.run_dir(sandbox_id))
     paths.remove_empty_parents()
+
+
+def _failure(step: "Callable[..., None]", *arguments: object) -> list[OSError]:
+    """Take a step that keeps no other one from being taken; the error, if there is one."""
+    try:
+        step(*arguments)
+    except OSError as err:
+        return [err]
+    return []
+
+
+def _remove_directory(directory: str) -> None:
+    if os.path.lexists(directory):
+        unmount_below(directory)
+        remove_tree(directory)
 
 
 def _forget_network(netns: str, ifindexes: list[int]) -> None:

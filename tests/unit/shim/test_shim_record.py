@@ -119,6 +119,28 @@ def test_clean_up_kills_daemon_and_helpers(process: subprocess.Popen[bytes], tmp
     cleanup.clean_up("s1")
 
 
+def test_what_cannot_be_removed_keeps_nothing_else_and_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(folders: list[str]) -> None:
+        raise OSError(16, "Device or resource busy", *folders)
+
+    made = Record("ns", "/bundle", str(tmp_path / "sock"), 1, 0)
+    made.cgroup = ["/sys/fs/cgroup/pod"]
+    write(made)
+    Path(paths.shared_dir("s1"), "rw", "passthrough").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(cleanup, "_remove_cgroup", busy)
+        with pytest.raises(OSError, match="busy: '/sys/fs/cgroup/pod'"):
+            cleanup.clean_up("s1")
+    assert not Path(paths.shared_dir("s1")).exists()
+    assert record.read("s1") is not None
+    made.cgroup = []
+    made.write("s1")
+    cleanup.clean_up("s1")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_reused_pid_is_left_alone(process: subprocess.Popen[bytes]) -> None:
     write(Record("ns", "/bundle", "/no/sock", process.pid, started(process) - 1))
     cleanup.clean_up("s1")
