@@ -112,6 +112,7 @@ class Sizing:
         self._in_background = in_background
         self._demands: dict[str, Demand] = {}
         self._lock = asyncio.Lock()
+        self._growing: set[asyncio.Task[None]] = set()
         self._grows = not config.runtime.static_sandbox_resource_mgmt
         self._pinning = Pinning(machine.pid) if config.runtime.enable_vcpus_pinning else None
         self._size = size_for((), self._qemu)
@@ -131,13 +132,26 @@ class Sizing:
         """
         before = self.demand(container_id)
         self._demands[container_id] = demand
+        # To the end, even when the caller goes away: QEMU is told of memory in two steps, and with only the first one
+        # taken it would refuse all that comes later.
+        growing = asyncio.create_task(self._grown(), name="grow the machine")
+        self._growing.add(growing)
+        growing.add_done_callback(self._forget_growing)
         try:
-            async with self._lock:
-                await self._grow()
-                await self._pin()
+            await asyncio.shield(growing)
         except BaseException:
             self.remember(container_id, before)
             raise
+
+    async def _grown(self) -> None:
+        async with self._lock:
+            await self._grow()
+            await self._pin()
+
+    def _forget_growing(self, growing: asyncio.Task[None]) -> None:
+        self._growing.discard(growing)
+        if not growing.cancelled():
+            growing.exception()  # it may be that nobody waits any more
 
     def remember(self, container_id: str, demand: Demand) -> None:
         """Take in what a container may use, which the machine has room for."""
@@ -149,7 +163,8 @@ class Sizing:
 
     def give_back(self) -> None:
         """Begin to make the machine as small as it may be."""
-        if self._pinning is not None or (self._grows and self._size != self._wanted()):
+        changes = self._grows and (self._growing or self._size != self._wanted())
+        if self._pinning is not None or changes:
             self._in_background(self._shrink(), "shrink the machine")
 
     def _wanted(self) -> Size:

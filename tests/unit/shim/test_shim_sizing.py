@@ -214,6 +214,27 @@ async def test_a_failure_to_grow_is_the_callers() -> None:
         await world.sizing.make_room("a", memory(300))
 
 
+async def test_who_gives_up_leaves_no_half_of_a_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    begun, go_on, grow = asyncio.Event(), asyncio.Event(), world.grow_memory
+
+    async def slowly(total_mib: int, block_mib: int) -> None:
+        begun.set()
+        await go_on.wait()
+        await grow(total_mib, block_mib)
+
+    monkeypatch.setattr(world, "grow_memory", slowly)
+    growing = asyncio.create_task(world.sizing.make_room("a", memory(300)))
+    await begun.wait()
+    growing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await growing
+    assert world.sizing.demand("a") == Demand()
+    go_on.set()
+    await world.shrunk()
+    assert world.done == ["memory 300 by 128", "online 1", "memory 256 by 128"]
+
+
 async def test_processors_that_the_guest_does_not_bring_online_fail_nothing(capture: list[Any]) -> None:
     world = World()
 
