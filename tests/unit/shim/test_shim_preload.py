@@ -19,6 +19,16 @@ import shim.serve, shim.boot, shim.daemon, shim.preload
 shim.preload.load()
 print("\\n".join(sys.modules))
 """
+SHORT_LIVED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import shim.cli, shim.start, shim.delete, shim.cleanup, shim.info
+print("\\n".join(sys.modules))
+"""
+HEAVY = (
+    "asyncio", "ctypes", "dataclasses", "google.protobuf", "grpc", "inspect", "msgspec", "pathlib", "structlog",
+    "subprocess", "tomllib", "typing", "yaml",
+)  # fmt: skip
 
 
 def late_imports(source: str) -> set[str]:
@@ -49,6 +59,14 @@ def test_every_late_import_is_preloaded() -> None:
     command = [sys.executable, "-c", LOADED, str(ROOT)]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert {name: place for name, place in late.items() if name not in loaded} == {}
+
+
+def test_short_lived_actions_load_little() -> None:
+    """Each of these would be a good part of the time that containerd waits for them."""
+    command = [sys.executable, "-c", SHORT_LIVED, str(ROOT)]
+    loaded = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert {"shim.start", "shim.cleanup", "shim.info"} <= loaded
+    assert {name for name in HEAVY if name in loaded} == set()
 
 
 def test_late_imports_are_found_wherever_they_are() -> None:
