@@ -65,7 +65,8 @@ class PodDevices:
         self._host = host or Host()
         self._cdi_folders = cdi_folders
         self._held: dict[str, _Held] = {}
-        self._lock = asyncio.Lock()
+        # One for each device: a guest that does not let go of one delays nobody who wants another.
+        self._locks: dict[str, asyncio.Lock] = {}
 
     async def at_start(self, pod: Pod, bundle: Bundle | None) -> tuple[HostDevice, ...]:
         """What the machine is to start with: what the pod's first container, its annotations and the kubelet name.
@@ -109,19 +110,22 @@ class PodDevices:
 
         Raises InvalidRequest, HypervisorError.
         """
-        async with self._lock:
-            try:
-                for group in wanted:
-                    await self._plug_in(container_id, group, machine)
-                return [await self._described(group, machine) for group in wanted]
-            except BaseException:
-                await self._take_back(container_id, machine)
-                raise
+        try:
+            for group in wanted:
+                for device in group.devices:
+                    async with self._lock(device.id):
+                        await self._plug_in(container_id, group, device, machine)
+            return [await self._described(group, machine) for group in wanted]
+        except BaseException:
+            await self.take_back(container_id, machine)
+            raise
 
     async def take_back(self, container_id: str, machine: Machine) -> None:
         """The container is gone: what was plugged in for it alone leaves the guest."""
-        async with self._lock:
-            await self._take_back(container_id, machine)
+        mine = [device_id for device_id, held in self._held.items() if container_id in held.users]
+        for device_id in mine:
+            async with self._lock(device_id):
+                await self._take_back(container_id, device_id, machine)
 
     def edit(self, spec: oci_pb2.Spec, wanted: Sequence[Group]) -> None:
         """Leave of the host's files what the guest's agent is to replace with its own."""
@@ -136,41 +140,43 @@ class PodDevices:
         for file in sorted(mine - {entry.Path for entry in kept}):
             spec.Linux.Devices.add(Path=file, Type="c", FileMode=0o660)
 
-    async def _plug_in(self, container_id: str, group: Group, machine: Machine) -> None:
-        for device in group.devices:
-            held = self._held.get(device.id)
-            if held is None:
-                if not self._plugs_in:
-                    raise InvalidRequest(
-                        f"device {group.file} ({device.address}) was not known when the virtual machine started, and "
-                        "none is plugged in later; set hot_plug_vfio, or pod_resource_api_sock to let the kubelet tell"
-                    )
-                # Known before it is there: who is cancelled in between has it taken back.
-                held = self._held[device.id] = _Held(device, from_start=False)
-                held.users.add(container_id)
-                try:
-                    await machine.plug_host_device(device)
-                except HypervisorError:
-                    del self._held[device.id]
-                    raise
-                log.info("host_device_plugged", device=device.address, container=container_id)
-            held.users.add(container_id)
+    def _lock(self, device_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(device_id, asyncio.Lock())
 
-    async def _take_back(self, container_id: str, machine: Machine) -> None:
-        for name, held in list(self._held.items()):
-            if container_id not in held.users:
-                continue
-            held.users.discard(container_id)
-            if held.users or held.from_start or machine.exited.done():
-                continue
+    async def _plug_in(self, container_id: str, group: Group, device: HostDevice, machine: Machine) -> None:
+        held = self._held.get(device.id)
+        if held is None:
+            if not self._plugs_in:
+                raise InvalidRequest(
+                    f"device {group.file} ({device.address}) was not known when the virtual machine started, and "
+                    "none is plugged in later; set hot_plug_vfio, or pod_resource_api_sock to let the kubelet tell"
+                )
+            # Known before it is there: who is cancelled in between has it taken back.
+            held = self._held[device.id] = _Held(device, from_start=False)
+            held.users.add(container_id)
             try:
-                await machine.unplug_host_device(held.device)
-            except HypervisorError as err:
-                # It stays the guest's, and a container that asks for it again finds it there.
-                log.warning("host_device_not_unplugged", device=held.device.address, error=str(err))
-                continue
-            del self._held[name]
-            log.info("host_device_unplugged", device=held.device.address, container=container_id)
+                await machine.plug_host_device(device)
+            except HypervisorError:
+                del self._held[device.id]
+                raise
+            log.info("host_device_plugged", device=device.address, container=container_id)
+        held.users.add(container_id)
+
+    async def _take_back(self, container_id: str, device_id: str, machine: Machine) -> None:
+        held = self._held.get(device_id)
+        if held is None or container_id not in held.users:
+            return  # somebody else was faster
+        held.users.discard(container_id)
+        if held.users or held.from_start or machine.exited.done():
+            return
+        try:
+            await machine.unplug_host_device(held.device)
+        except HypervisorError as err:
+            # It stays the guest's, and a container that asks for it again finds it there.
+            log.warning("host_device_not_unplugged", device=held.device.address, error=str(err))
+            return
+        del self._held[device_id]
+        log.info("host_device_unplugged", device=held.device.address, container=container_id)
 
     async def _described(self, group: Group, machine: Machine) -> agent_pb2.Device:
         from agent_proto.gen import agent_pb2

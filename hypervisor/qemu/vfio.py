@@ -140,8 +140,8 @@ class HostDevices:
 
     async def unplug(self, monitor: Monitor, device: HostDevice) -> None:
         """Take a device back; nothing happens when it is not there. Raises HotplugRefused, QmpError."""
-        async with self._lock:
-            await commands.unplug(monitor, device.id)
+        # Its place is taken until it is gone: others look for another one meanwhile.
+        await commands.unplug(monitor, device.id)
 
     def _no_place(self, device: HostDevice) -> str:
         kind = self._spec.host_device_port

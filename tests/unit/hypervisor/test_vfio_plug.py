@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 from contextlib import ExitStack, asynccontextmanager
@@ -52,9 +53,10 @@ def spec(**fields: Any) -> VmSpec:
 class Qemu:
     """QEMU's side: it has the ports of a command line, and does what it is told unless it is to refuse."""
 
-    def __init__(self, of: VmSpec, *, refuses: str = "") -> None:
+    def __init__(self, of: VmSpec, *, refuses: str = "", keeps: bool = False) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self._refuses = refuses
+        self._keeps = keeps
         argv = build_cmdline(of, Fds(qmp=3, console=4, host_devices=tuple(None for _ in of.host_devices)))
         self._devices: dict[str, tuple[str, int]] = {}
         for word in argv:
@@ -79,7 +81,7 @@ class Qemu:
                 slot = int(str(words.get("addr", "0")), 16)
                 self._devices[words["id"]] = (words.get("bus", ""), slot)
             peer.send({"return": answer, "id": message["id"]})
-            if name == "device_del":
+            if name == "device_del" and not self._keeps:
                 del self._devices[words["id"]]
                 event = {"event": "DEVICE_DELETED", "data": {"device": words["id"], "path": "/"}}
                 peer.send({**event, "timestamp": {"seconds": 1, "microseconds": 2}})
@@ -129,6 +131,21 @@ async def test_a_port_is_taken_and_is_free_again(
         ("device_del", {"id": "vfio-0000-3b-00.0"}),
         ("device_add", gpu),
     ]
+
+
+async def test_one_that_does_not_go_delays_no_other(tmp_path: Path) -> None:
+    machine = spec(host_device_places=2)
+    qemu, devices = Qemu(machine, keeps=True), HostDevices(machine)
+    async with monitor_of(qemu, tmp_path) as monitor:
+        await devices.plug(monitor, GPU, PC)
+        going = asyncio.create_task(devices.unplug(monitor, GPU))
+        while qemu.told()[-1][0] != "device_del":
+            await asyncio.sleep(0)
+        await devices.plug(monitor, SOUND, PC)
+        assert not going.done()
+        assert qemu.told()[-1][1]["bus"] == "rp1"
+        going.cancel()
+        await asyncio.gather(going, return_exceptions=True)
 
 
 async def test_ports_of_devices_from_the_start_are_taken(tmp_path: Path) -> None:

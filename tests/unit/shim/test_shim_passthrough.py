@@ -181,6 +181,30 @@ async def test_one_that_is_cancelled_while_it_plugs_in_leaves_nothing(
     assert world.machine.told == [f"plug {NIC}", f"unplug {NIC}"]
 
 
+async def test_a_guest_that_keeps_a_device_delays_only_who_wants_that(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = world.devices(hot_plug_vfio="root-port")
+    kept, asked, unplug = asyncio.Event(), asyncio.Event(), world.machine.unplug_host_device
+
+    async def late(device: HostDevice) -> None:
+        asked.set()
+        await kept.wait()
+        await unplug(device)
+
+    monkeypatch.setattr(world.machine, "unplug_host_device", late)
+    await world.give(devices, "c1", "/dev/vfio/13")
+    taking = [asyncio.create_task(devices.take_back("c1", world.qemu)) for _ in range(2)]
+    await asked.wait()
+    same = asyncio.create_task(world.give(devices, "c2", "/dev/vfio/13"))
+    async with asyncio.timeout(60):
+        await world.give(devices, "c3", "/dev/vfio/12")
+    assert world.machine.told == [f"plug {NIC}", f"plug {GPU}", f"plug {SOUND}"]
+    kept.set()
+    await asyncio.gather(same, *taking)
+    assert world.machine.told[3:] == [f"unplug {NIC}", f"plug {NIC}"]
+
+
 async def test_a_device_that_qemu_has_lost(world: World) -> None:
     devices = world.devices(hot_plug_vfio="root-port")
     world.machine.refuses = {"lost"}
