@@ -30,3 +30,27 @@ class Background:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class Unbroken:
+    """Work of several steps that goes on to its end when whoever waits for it goes away: what is half done could
+    neither be used nor undone."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __bool__(self) -> bool:
+        """Whether some of it goes on."""
+        return bool(self._tasks)
+
+    async def run(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Do it, and wait for it. Raises what it raises."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # it may be that nobody waits any more

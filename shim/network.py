@@ -22,6 +22,7 @@ from hypervisor.netns import entered, new_netns
 from hypervisor.spec import Nic
 from netlink.rtnl import Rtnetlink, changes, drain
 from shim import crossing
+from shim.background import Unbroken
 from shim.errors import NetworkNotMirrored
 from shim.interfaces import Snapshot, interface_to_proto, neighbours_to_proto, routes_to_proto, scan
 from ttrpc import RpcError
@@ -66,6 +67,7 @@ class PodNetwork:
         self._remember = remember
         self._macvtap = macvtap
         self._turn = asyncio.Lock()
+        self._catching_up = Unbroken()
         self._joined: set[int] = set()
         self._told = Snapshot()
         self._snapshot = Snapshot()
@@ -137,9 +139,13 @@ class PodNetwork:
             RpcError: the agent refused.
         """
         if self.nic_ports:
-            async with self._turn:
-                for err in await self._catch_up(agent, machine):
-                    raise err
+            # QEMU is told of an interface in several steps: with only the first ones taken it would refuse it later.
+            await self._catching_up.run(self._caught_up(agent, machine), "catch up with the network")
+
+    async def _caught_up(self, agent: AgentClient, machine: Machine) -> None:
+        async with self._turn:
+            for err in await self._catch_up(agent, machine):
+                raise err
 
     def part(self) -> None:
         """Undo `join`: the machine is gone. Another one starts from nothing. Harmless when repeated."""
@@ -189,8 +195,10 @@ class PodNetwork:
         try:
             self._join(interface)
         except (HypervisorError, OSError):
-            await machine.unplug_nic(nic.id)
-            crossing.part(self._rtnl, interface.link.ifindex)
+            try:
+                await machine.unplug_nic(nic.id)
+            finally:
+                crossing.part(self._rtnl, interface.link.ifindex)
             raise
 
     def _nic(self, interface: Interface) -> Nic:

@@ -19,6 +19,7 @@ import structlog
 
 from agent_proto.gen import agent_pb2
 from hypervisor.errors import HotplugRefused, HypervisorError
+from shim.background import Unbroken
 from shim.pinning import Pinning, cpus_of
 from ttrpc import Code, RpcError
 
@@ -112,7 +113,7 @@ class Sizing:
         self._in_background = in_background
         self._demands: dict[str, Demand] = {}
         self._lock = asyncio.Lock()
-        self._growing: set[asyncio.Task[None]] = set()
+        self._growing = Unbroken()
         self._grows = not config.runtime.static_sandbox_resource_mgmt
         self._pinning = Pinning(machine.pid) if config.runtime.enable_vcpus_pinning else None
         self._size = size_for((), self._qemu)
@@ -134,11 +135,8 @@ class Sizing:
         self._demands[container_id] = demand
         # To the end, even when the caller goes away: QEMU is told of memory in two steps, and with only the first one
         # taken it would refuse all that comes later.
-        growing = asyncio.create_task(self._grown(), name="grow the machine")
-        self._growing.add(growing)
-        growing.add_done_callback(self._forget_growing)
         try:
-            await asyncio.shield(growing)
+            await self._growing.run(self._grown(), "grow the machine")
         except BaseException:
             self.remember(container_id, before)
             raise
@@ -147,11 +145,6 @@ class Sizing:
         async with self._lock:
             await self._grow()
             await self._pin()
-
-    def _forget_growing(self, growing: asyncio.Task[None]) -> None:
-        self._growing.discard(growing)
-        if not growing.cancelled():
-            growing.exception()  # it may be that nobody waits any more
 
     def remember(self, container_id: str, demand: Demand) -> None:
         """Take in what a container may use, which the machine has room for."""

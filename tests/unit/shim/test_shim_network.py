@@ -163,6 +163,30 @@ def test_changes_reach_the_guest() -> None:
     with_network(work)
 
 
+def test_who_gives_up_waiting_leaves_no_half_of_an_interface() -> None:
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        go_on, plug = asyncio.Event(), guest.plug_nic
+
+        async def slowly(nic: Nic) -> None:
+            guest._note("begun")
+            await go_on.wait()
+            await plug(nic)
+
+        guest.plug_nic = slowly
+        for order in ETH0:
+            ip(order)
+        waiting = asyncio.create_task(network.catch_up(guest, guest))
+        await guest.until("begun")
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        go_on.set()
+        await guest.until("eth0 mtu 1500 10.1.0.2")
+        assert "eth0" in redirected()
+
+    with_network(work)
+
+
 @pytest.mark.parametrize(
     ("refusal", "event"),
     [
