@@ -71,6 +71,8 @@ class Need:
     direct: bool = False
     served: bool = False
     """Whether `path` is the socket of a program that serves the disk."""
+    empty_dir: str = ""
+    """The directory of the `emptyDir` whose image `path` is, which is made when it is not there yet."""
 
 
 @dataclass(kw_only=True)
@@ -164,15 +166,22 @@ def devices_on_disks(spec: oci_pb2.Spec, qemu: Qemu) -> Needs:
     return needs
 
 
-def volume_on_disk(mount: oci_pb2.Mount, source: str, qemu: Qemu, namespace: int | None) -> Need | None:
-    """The disk for a mount that is of a block device, an image or a direct volume; None when it is of none of them, or
-    when the host is to mount it. `source` is the mount's, as an absolute path.
+def volume_on_disk(
+    mount: oci_pb2.Mount, source: str, qemu: Qemu, namespace: int | None, emptydir_mode: str = "shared-fs"
+) -> Need | None:
+    """The disk for a mount that is of a block device, an image, a direct volume or, as `emptydir_mode` has it, an
+    `emptyDir`; None when it is of none of them, or when the host is to mount it. `source` is the mount's, as an
+    absolute path.
 
     A device that is mounted below /dev, or has no file system, becomes a device of the container.
 
     Raises InvalidRequest, NotSupported, OSError.
     """
     need = _volume(mount, source, namespace)
+    if need is None and emptydir_mode != "shared-fs" and is_bind(mount):
+        from shim import empty_dirs
+
+        need = empty_dirs.on_disk(mount, source, qemu, emptydir_mode, namespace)
     if need is None:
         return None
     if qemu.disable_block_device_use:

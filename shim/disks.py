@@ -105,13 +105,7 @@ class Disks:
     async def _plug(self, need: Need, user: str) -> DiskAddress:
         if need.served:
             return await self._plug_served(need, user)
-        try:
-            fd = mounts.open_source(need.path, writable=not need.read_only, namespace=self._namespace)
-        except OSError as err:
-            raise InvalidRequest(
-                f"{need.path} cannot be a disk of the guest: {err.strerror}; correct its path, or mount it read-only "
-                "if nobody may write to it"
-            ) from err
+        fd = await self._open(need)
         try:
             key = _identity(fd, need)
             async with self._lock(key):  # two containers may come with the same disk at the same time
@@ -136,6 +130,20 @@ class Disks:
             return await self._machine.plug_disk(disk, fd)
         finally:
             os.close(fd)
+
+    async def _open(self, need: Need) -> int:
+        if need.empty_dir:
+            from shim.empty_dirs import open_image
+
+            async with self._lock(("empty_dir", need.empty_dir)):  # made once, for all containers
+                return await open_image(need.empty_dir, self._namespace)
+        try:
+            return mounts.open_source(need.path, writable=not need.read_only, namespace=self._namespace)
+        except OSError as err:
+            raise InvalidRequest(
+                f"{need.path} cannot be a disk of the guest: {err.strerror}; correct its path, or mount it read-only "
+                "if nobody may write to it"
+            ) from err
 
     async def _plug_served(self, need: Need, user: str) -> DiskAddress:
         """A disk that another program serves, which a container has to itself."""

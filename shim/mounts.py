@@ -305,6 +305,20 @@ def open_source(source: str, *, writable: bool, namespace: int | None = None) ->
         os.close(found)
 
 
+def open_directory(source: str, *, namespace: int | None = None) -> int:
+    """A directory as the place of files in it (O_PATH): a descriptor to be closed by the caller. `namespace` as in
+    `clone`.
+
+    Raises:
+        OSError: there is none.
+    """
+    found = _open_tree(source, os.O_CLOEXEC, namespace)
+    if not stat.S_ISDIR(os.fstat(found).st_mode):
+        os.close(found)
+        raise NotADirectoryError(errno.ENOTDIR, "not a directory", source)
+    return found
+
+
 def kind_of(source: str, *, namespace: int | None = None) -> int:
     """The type bits of a file's mode (stat(2)), symlinks followed; 0 when there is no such file."""
     try:

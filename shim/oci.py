@@ -198,26 +198,10 @@ def is_kubelets(source: str, options: Collection[str]) -> bool:
     return "ro" in options and _KUBELETS.search(source) is not None
 
 
-def check_empty_dir(source: str, place: str, mode: str) -> None:
-    """Whether an `emptyDir` volume can be had in the way that `emptydir_mode` asks for; one in memory is no concern of
-    that. `place` is where this process has it.
-
-    Raises:
-        InvalidRequest: it cannot.
-        OSError: it cannot be looked at.
-    """
-    if mode != "shared-fs" and _EMPTY_DIRS.search(source) and not mounts.in_memory(place):
-        what = "an encrypted disk" if mode == "block-encrypted" else "a disk"
-        raise InvalidRequest(
-            f"emptyDir {os.path.basename(source.rstrip('/'))}: emptydir_mode asks for {what} of the guest, which no "
-            "guest of this version has, and it would be a plain directory of the host; set emptydir_mode of [runtime] "
-            "to shared-fs, or give the volume medium: Memory"
-        )
-
-
 def huge_pages_storage(source: str, place: str, spec: oci_pb2.Spec) -> agent_pb2.Storage | None:
     """What the guest mounts for an `emptyDir` of huge pages, None for any other source. The pages are the guest's, as
-    many as the container may have of that size; files in them stay as long as the pod. `place` as above.
+    many as the container may have of that size; files in them stay as long as the pod. `place` is where this process
+    has it.
 
     Raises:
         OSError: the source cannot be looked at.

@@ -58,6 +58,7 @@ LATE = (
     "shim.dan",
     "shim.host_cgroup",
     "shim.disks",
+    "shim.empty_dirs",
     "shim.host_sockets",
     "shim.kubelet",
     "shim.loop",

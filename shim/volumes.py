@@ -63,7 +63,9 @@ def reach(
             continue
         # A relative source is relative to the bundle (runtime-spec config.md, "Mounts").
         source = str(bundle.path / mount.source)
-        if need := disk_needs.volume_on_disk(mount, source, config.hypervisor, share.host_mounts):
+        if need := disk_needs.volume_on_disk(
+            mount, source, config.hypervisor, share.host_mounts, config.runtime.emptydir_mode
+        ):
             needs.disks.append(need)
             if need.container_path:
                 devices.append(index)
@@ -73,7 +75,6 @@ def reach(
         elif oci.is_bind(mount):
             mount.source, inherited = share.add_volume(source, mount.options, undo)
             place = str(share.on_host(mount.source))
-            oci.check_empty_dir(source, place, config.runtime.emptydir_mode)
             if (storage := oci.huge_pages_storage(source, place, spec)) is not None:
                 volumes.storages.append(storage)
                 mount.source = storage.mount_point

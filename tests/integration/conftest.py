@@ -38,6 +38,7 @@ ONE_VERSION_MODULES = frozenset(
         "test_network",
         "test_oom",
         "test_output",
+        "test_pod_disks",
         "test_pod_security",
         "test_pod_volumes",
     }

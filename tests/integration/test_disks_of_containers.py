@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.containerd import IMAGE_ARCHIVE, make_ext4
+from tests.integration.containerd import IMAGE_ARCHIVE, make_ext4, wait_for_end
+from tests.support.host import is_running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,6 +110,24 @@ def test_devices_and_volumes(containerd: Containerd, images: Path) -> None:
     assert raw.read_bytes()[:12] == b"overwritten\n"
     for image in (bound, looped, direct):
         assert content(image, "new") == f"new in {image.stem}\n"
+
+
+@pytest.mark.one_version
+def test_what_a_running_container_has_written_is_on_the_disk_of_a_stopped_sandbox(
+    containerd: Containerd, images: Path
+) -> None:
+    """The host shuts down: it asks the daemon to end, which nobody has told to end its container first."""
+    image = ext4(images, "running", "x")
+    container = containerd.start("sleep", "1000", options=mount("ext4", image, "/data", "loop:rw"))
+    done = containerd.exec(container, "sh", "-c", "echo written > /data/new")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(Path(f"/run/kata-py/{container}/record.json").read_text())
+    status = Path(f"/proc/{record['helpers']['qemu'][0]}/status").read_text()
+    daemon = int(status.partition("PPid:")[2].split()[0])
+    os.kill(daemon, signal.SIGTERM)
+    wait_for_end([daemon], 60)
+    assert not is_running(daemon)
+    assert content(image, "new") == "written\n"
 
 
 @pytest.mark.one_version

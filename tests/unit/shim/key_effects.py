@@ -23,6 +23,7 @@ from structlog.testing import capture_logs
 from hypervisor.accel import Choice
 from hypervisor.errors import BootFailed
 from hypervisor.qemu.cmdline import Fds, build_cmdline
+from hypervisor.qemu.disk import DiskAddress
 from hypervisor.qemu.nic import NicFds
 from netlink.objects import IFF_UP, Link
 from shim import agent as agent_of_shim
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from agent_proto.client import AgentClient
     from config.schema import Qemu
     from hypervisor import host as hosts
-    from hypervisor.spec import VmSpec
+    from hypervisor.spec import Disk, VmSpec
     from hypervisor.vfio import HostDevice
     from netlink.rtnl import Rtnetlink
 
@@ -117,6 +118,14 @@ class Machine:
 
     def last_progress(self) -> float:
         return asyncio.get_running_loop().time()
+
+    async def plug_disk(self, disk: Disk, fd: int) -> DiskAddress:
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+        self._seen.append(f"plugged in: {name}, discard={disk.discard}")
+        return DiskAddress("blk", "1e/01")
+
+    async def unplug_disk(self, disk_id: str) -> None:
+        """Nothing is to be seen of it."""
 
     async def plug_host_device(self, device: HostDevice) -> None:
         self._seen.append(f"plugged in: {device.address}")
@@ -203,6 +212,7 @@ async def done_by(
         spec = spec | {"linux": {**spec["linux"], "devices": [wanted]}}
     (folder / "config.json").write_text(json.dumps(spec))
     (folder / "dans").mkdir(exist_ok=True)
+    (folder / SPEC["mounts"][0]["source"]).mkdir(parents=True, exist_ok=True)
     (folder / "dans" / "s1.json").write_text(json.dumps({"devices": [DIRECT]}))
     seen: list[str] = []
     with monkeypatch.context() as patch, capture_logs() as logs:

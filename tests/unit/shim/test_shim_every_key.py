@@ -275,9 +275,7 @@ NOW: dict[str, Shown] = {
     RUNTIME + "disable_guest_seccomp": Shown("true", "SCMP_ACT_ERRNO", gone=True),
     RUNTIME + "static_sandbox_resource_mgmt": Shown("true", "-m\n300M\n"),
     RUNTIME + "sandbox_bind_mounts": Shown('["@/other"]', "seen by every guest: ('@/other:ro',)"),
-    RUNTIME + "emptydir_mode": Shown(
-        '"block-plain"', "no container: emptyDir c: emptydir_mode asks for a disk"
-    ),
+    RUNTIME + "emptydir_mode": Shown('"block-plain"', "plugged in: kata-disk.img, discard=True"),
     RUNTIME + "proxy_host_sockets": Shown("true", "ListenSocket name:"),
     RUNTIME + "vfio_mode": Shown(
         '"vfio"', 'type: "vfio-pci"\n', {QEMU + "hot_plug_vfio": '"root-port"'}, host_device=GPU

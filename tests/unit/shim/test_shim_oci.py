@@ -386,24 +386,6 @@ VOLUMES = "/var/lib/kubelet/pods/1-2/volumes"
 EMPTY_DIR = f"{VOLUMES}/kubernetes.io~empty-dir/cache"
 
 
-@pytest.mark.parametrize("mode", ["block-plain", "block-encrypted"])
-def test_empty_dirs_are_not_passed_off_as_disks(tmp_path: Path, mode: str) -> None:
-    def inside() -> None:
-        # Whatever the tests' own directories are on.
-        mounts.mount("none", str(tmp_path), "ramfs")
-        with pytest.raises(
-            InvalidRequest, match=r"^emptyDir cache: emptydir_mode asks for an? .*disk.* to shared-fs"
-        ):
-            oci.check_empty_dir(f"{EMPTY_DIR}/", str(tmp_path), mode)
-        oci.check_empty_dir(EMPTY_DIR, str(tmp_path), "shared-fs")
-        oci.check_empty_dir(f"{EMPTY_DIR}/below", str(tmp_path), mode)
-        oci.check_empty_dir(f"{VOLUMES}/kubernetes.io~configmap/cache", str(tmp_path), mode)
-        mounts.mount("tmpfs", str(tmp_path), "tmpfs")
-        oci.check_empty_dir(EMPTY_DIR, str(tmp_path), mode)
-
-    in_mount_namespace(inside)
-
-
 def test_empty_dirs_of_huge_pages_are_the_guests(tmp_path: Path) -> None:
     limits = [{"pageSize": "2MB", "limit": 8 << 20}, {"pageSize": "1GB", "limit": 1 << 30}]
     spec = oci.spec_to_proto({"linux": {"resources": {"hugepageLimits": limits}}}, "config.json")
