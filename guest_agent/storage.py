@@ -227,10 +227,16 @@ class Storages:
         try:
             self._mount_as_is(storage)
         except OSError as err:
-            if err.errno != errno.ENODEV:
-                raise
-            raise NotSupported(
-                f"storage {storage.mount_point}: this guest's kernel has no file system {storage.fstype!r}"
+            if err.errno == errno.ENODEV:
+                raise NotSupported(
+                    f"storage {storage.mount_point}: this guest's kernel has no file system {storage.fstype!r}"
+                ) from err
+            # Whatever the kernel thinks of what is on it: it says no more than a number.
+            options = ",".join(storage.options) or "none"
+            raise InvalidRequest(
+                f"storage {storage.mount_point}: disk {storage.source} cannot be mounted as {storage.fstype}: "
+                f"{err.strerror}; see that it has such a file system, which is whole, and that this knows the "
+                f"options: {options}"
             ) from err
         self._on_disks.add(storage.mount_point)
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from shim.boot import Boot
     from shim.bring_up import RunningGuest
     from shim.disk_needs import Needs
+    from shim.disks import ContainerDisks
     from shim.events import Publisher
     from shim.io import Stdio
     from shim.passthrough import Group
@@ -191,7 +192,7 @@ class Creation:
             await running.network.catch_up(running.agent, machine)
         await running.names.serve_for(self._bundle, boot.pod)
         await hooks.create(running.network.netns)
-        await self._call_agent(message, running)
+        await self._call_agent(message, running, disks)
         return Container(
             self._id,
             self._bundle.path,
@@ -226,13 +227,20 @@ class Creation:
         taking = self._around.boot.devices.take_back(self._id, running.machine)
         self._around.in_background(taking, f"devices of {self._what}")
 
-    async def _call_agent(self, message: agent_pb2.CreateContainerRequest, running: RunningGuest) -> None:
+    async def _call_agent(
+        self,
+        message: agent_pb2.CreateContainerRequest,
+        running: RunningGuest,
+        disks: ContainerDisks | None,
+    ) -> None:
         try:
             await answered(running.agent.create_container(message), running.machine)
         except (RpcError, asyncio.CancelledError) as err:
             # Nobody waits for it any more, and the guest may make it all the same.
             if isinstance(err, asyncio.CancelledError) or err.code is Code.DEADLINE_EXCEEDED:
                 self._around.in_background(_forget(running.agent, self._id), f"forget {self._what}")
+            elif disks is not None and err.code is Code.INVALID_ARGUMENT:
+                raise RpcError(err.code, disks.named(err.message)) from err
             raise
 
 

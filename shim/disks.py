@@ -19,7 +19,7 @@ from shim.disk_needs import of_bind
 from shim.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Hashable, Sequence
+    from collections.abc import Coroutine, Hashable, Mapping, Sequence
 
     from agent_proto.gen import agent_pb2
     from hypervisor.qemu.disk import DiskAddress
@@ -64,6 +64,7 @@ class Disks:
         Raises InvalidRequest, HotplugRefused, QmpError, OSError.
         """
         user = message.container_id
+        sources = {}
         try:
             for need in needs:
                 address = await self._plug(need, user)
@@ -72,11 +73,11 @@ class Disks:
                         id=address.address, type=address.driver, container_path=need.container_path
                     )
                 else:
-                    self._add_storage(need, address, message)
+                    sources[self._add_storage(need, address, message)] = need.path
         except BaseException:
             await self.release(user)
             raise
-        return ContainerDisks(self, user)
+        return ContainerDisks(self, user, sources)
 
     def writes(self, user: str = "") -> bool:
         """Whether something that the container (default: any) has written may not be on its disk yet."""
@@ -201,7 +202,8 @@ class Disks:
 
     def _add_storage(
         self, need: Need, address: DiskAddress, message: agent_pb2.CreateContainerRequest
-    ) -> None:
+    ) -> str:
+        """Returns where it will be mounted."""
         # By its name there, as Kata has it: containers that use the same disk use the same mount.
         name = urlsafe_b64encode(address.address.encode()).decode()
         place = need.mount_point or f"{_STORAGE_DIR}/{name}"
@@ -217,6 +219,7 @@ class Disks:
         if need.mount is not None:
             need.mount.source, need.mount.type = place, "bind"
             need.mount.options[:] = of_bind(need.mount.options)
+        return place
 
 
 def _identity(fd: int, need: Need) -> Hashable:
@@ -234,14 +237,22 @@ def _identity(fd: int, need: Need) -> Hashable:
 class ContainerDisks:
     """The disks of one container."""
 
-    def __init__(self, disks: Disks, container_id: str) -> None:
+    def __init__(self, disks: Disks, container_id: str, sources: Mapping[str, str]) -> None:
         self._disks = disks
         self._id = container_id
+        self._sources = sources
 
     @property
     def written(self) -> bool:
         """Whether something that the container has written may not be on a disk yet."""
         return self._disks.writes(self._id)
+
+    def named(self, text: str) -> str:
+        """What the guest says of a disk that it cannot mount, with the host's name for it: the guest does not know that.
+        """
+        for place, source in self._sources.items():
+            text = text.replace(f"storage {place}: ", f"{source}: ")
+        return text
 
     async def release(self) -> None:
         """Take out those that no other container uses. Harmless when repeated."""

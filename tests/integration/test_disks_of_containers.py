@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 from contextlib import contextmanager
@@ -154,7 +155,8 @@ def test_what_cannot_be_a_disk_is_told_and_leaves_nothing(containerd: Containerd
     garbage.write_bytes(bytes(1 << 20))
     done = containerd.run("true", options=["--rm", *mount("ext4", garbage, "/data", "loop:rw")])
     assert done.returncode != 0
-    assert "Invalid argument" in done.stderr, done.stderr
+    expected = rf"{garbage}: disk /dev/vd\w+ cannot be mounted as ext4: Invalid argument; see that it has such a file"
+    assert re.search(expected, done.stderr), done.stderr
     source = images / "wrong-volume"
     source.mkdir(exist_ok=True)
     options = ["--rm", *mount("bind", source, "/data", "rbind:rw")]

@@ -99,6 +99,7 @@ async def test_what_the_guest_is_told(disks: Disks, machine: Machine, tmp_path: 
     assert (device.type, device.id, device.container_path) == ("blk", "1e/03", "/dev/xda")
     flags = [(disk.read_only, disk.shared, disk.discard) for disk in machine.disks.values()]
     assert flags == [(False, False, True), (True, False, False), (False, True, False)]
+    assert attached.named(f"storage {volume.mount_point}: no") == f"{tmp_path / 'volume'}: no"
     assert attached.written
     await attached.release()
     assert machine.disks == {}
