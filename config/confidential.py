@@ -41,6 +41,7 @@ def without(qemu: Qemu) -> tuple[Qemu, list[Remark]]:
         ("enable_hugepages", False, "hidden memory is QEMU's own"),
         ("file_mem_backend", "", "hidden memory is QEMU's own"),
         ("enable_vhost_user_store", False, "its memory is closed to other programs"),
+        ("enable_guest_swap", False, "the host could read what it swaps out"),
         ("enable_virtio_mem", False, "memory cannot be added to it"),
         ("reclaim_guest_freed_memory", False, "the host cannot take its memory back"),
         ("guest_memory_dump_path", "", "the host cannot read its memory"),

@@ -319,7 +319,20 @@ class _QemuTopics:
             self._bad("num_queues", f"want at most {_MOST_DISK_QUEUES}, got {queues}")
         if self._qemu.enable_vhost_user_store:
             self._check_vhost_user_store()
+        if self._qemu.enable_guest_swap:
+            self._check_swap()
         return {"queue_size": size, "num_queues": queues}
+
+    def _check_swap(self) -> None:
+        qemu, name = self._qemu, "enable_guest_swap"
+        if qemu.disable_block_device_use:
+            problem = "no disk reaches the guest with disable_block_device_use"
+            self._bad(name, problem, "set that to false", also="disable_block_device_use")
+        if qemu.machine_type == "s390-ccw-virtio":
+            self._bad(name, "guests with s390x have no swap", "remove it", also="machine_type")
+        elif qemu.block_device_driver != "virtio-blk-pci":
+            problem = f"swap is on virtio disks, and block_device_driver is {qemu.block_device_driver}"
+            self._bad(name, problem, "set that to virtio-blk-pci", also="block_device_driver")
 
     def _check_vhost_user_store(self) -> None:
         qemu, name = self._qemu, "enable_vhost_user_store"

@@ -11,6 +11,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
+from guest_agent import syscalls
 from guest_agent.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
@@ -113,6 +114,16 @@ class Finder:
         for name in _names(hosts):
             with open(f"{hosts}/{name}/scan", "w") as file:
                 file.write(f"0 {target} {unit}")
+
+
+def swap_on(path: str) -> None:
+    """Swap to a disk that the host has prepared for that. Raises InvalidRequest."""
+    try:
+        syscalls.swapon(path, syscalls.SWAP_FLAG_DISCARD)
+    except OSError as err:
+        raise InvalidRequest(
+            f"the guest cannot swap to {path}: {err.strerror}; see that it is a disk prepared for swap"
+        ) from err
 
 
 async def locate(storages: Iterable[agent_pb2.Storage], finder: Finder) -> None:

@@ -68,6 +68,8 @@ class AgentService:
             "GetVolumeStats": self.get_volume_stats,
             "GetDiagnosticData": self.get_diagnostic_data,
             "GetOOMEvent": self.get_oom_event,
+            "AddSwap": self.add_swap,
+            "AddSwapPath": self.add_swap_path,
             "CreateContainer": self.create_container,
             "StartContainer": self.start_container,
             "RemoveContainer": self.remove_container,
@@ -276,6 +278,25 @@ class AgentService:
         await disks.locate(storages, finder)
         if request is not None:
             await disks.hand_out(request, finder)
+
+    async def add_swap(self, request: agent_pb2.AddSwapRequest, call: Call) -> Empty:
+        from guest_agent import disks
+
+        patience_s = self._settings.hotplug_timeout_s
+        finder = disks.Finder(self._uevents, self._sandbox.load_driver, patience_s=patience_s)
+        address = "/".join(f"{slot:02x}" for slot in request.PCIPath)
+
+        async def add() -> None:
+            disks.swap_on(await finder.find("blk", address))
+
+        return await self._finish(add())
+
+    async def add_swap_path(self, request: agent_pb2.AddSwapPathRequest, call: Call) -> Empty:
+        from guest_agent import disks
+
+        refuse_nul(request)
+        disks.swap_on(request.path)
+        return Empty()
 
     async def _hand_out(self, request: agent_pb2.CreateContainerRequest) -> None:
         from guest_agent import passthrough

@@ -38,6 +38,9 @@ MNT_DETACH = 2
 RB_AUTOBOOT = 0x01234567
 RB_POWER_OFF = 0x4321FEDC
 
+# Of swapon(2): tell the disk of what is free.
+SWAP_FLAG_DISCARD = 0x10000
+
 IN_MODIFY = 2
 _IN_NONBLOCK, _IN_CLOEXEC = 0o4000, 0o2000000
 
@@ -91,6 +94,7 @@ _inotify_rm_watch = _function("inotify_rm_watch", _Int, _Int)
 _reboot = _function("reboot", _Ulong)
 _unshare = _function("unshare", _Int)
 _syncfs = _function("syncfs", _Int)
+_swapon = _function("swapon", _Bytes, _Int)
 _setns = _function("setns", _Int, _Int)
 
 
@@ -148,6 +152,11 @@ def unshare(flags: int) -> None:
 def syncfs(fd: int) -> None:
     """syncfs(2). Raises OSError."""
     _check(_syncfs(fd), "syncfs")
+
+
+def swapon(path: str, flags: int = 0) -> None:
+    """swapon(2). Raises OSError."""
+    _check(_swapon(os.fsencode(path), flags), path)
 
 
 def setns(fd: int, kind: int) -> None:

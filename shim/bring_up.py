@@ -59,6 +59,7 @@ class RunningGuest:
         resources: AsyncExitStack,
     ) -> None:
         from shim.disks import Disks
+        from shim.guest_swap import GuestSwap
         from shim.host_sockets import HostSockets
         from shim.mirror import Mirrors
 
@@ -74,6 +75,7 @@ class RunningGuest:
         self.mirrors = Mirrors(in_background)
         self.host_sockets = HostSockets(self.guest, machine.vsock, in_background)
         self.disks = Disks(machine, host_mounts)
+        self.swap = GuestSwap(machine, agent, config.hypervisor.guest_swap_path)
         self._resources = resources
 
     async def retire(self, *, write_out: bool) -> None:

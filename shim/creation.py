@@ -83,6 +83,7 @@ class _Prepared(NamedTuple):
     io: ProcessIO
     needs: Needs
     demand: Demand
+    swap_bytes: int
     volumes: Volumes
     joins_pidns: bool
 
@@ -103,7 +104,7 @@ class Creation:
         self._bundle = bundle
         stand_in.put_in_place(bundle.path)
         self._spec = oci.spec_to_proto(bundle.raw, "config.json")
-        oci.check(self._spec)
+        oci.check(self._spec, swap=boot.config.hypervisor.enable_guest_swap)
         privileged = oci.allows_every_device(self._spec.Linux.Resources)
         self._devices: Sequence[Group] = boot.devices.wanted_by(self._spec, privileged=privileged)
         if boot.config.hypervisor.confidential_guest:
@@ -136,6 +137,11 @@ class Creation:
         needs = disk_needs.devices_on_disks(spec, boot.config.hypervisor)
         rootfs = self._add_rootfs(needs, undo)
         await around.suit(self._id, spec.Process)
+        swap_bytes = 0
+        if boot.config.hypervisor.enable_guest_swap:
+            from shim import guest_swap
+
+            swap_bytes = guest_swap.wanted(spec, boot.config.hypervisor, self._what)
         demand = demand_of(spec.Linux.Resources, self._what)
         joins_pidns = oci.edit_for_guest(
             spec,
@@ -158,7 +164,7 @@ class Creation:
             config=boot.config,
             undo=undo,
         )
-        return _Prepared(io, needs, demand, mounted, joins_pidns)
+        return _Prepared(io, needs, demand, swap_bytes, mounted, joins_pidns)
 
     async def _make_in_guest(
         self, prepared: _Prepared, running: RunningGuest, undo: ExitStack, undo_in_guest: AsyncExitStack
@@ -169,6 +175,9 @@ class Creation:
         await running.mirrors.stand_in(prepared.volumes.kubelets, running.guest, share, undo)
         undo.callback(running.sizing.forget, self._id)
         await running.sizing.make_room(self._id, prepared.demand)
+        if prepared.swap_bytes:
+            undo.callback(running.swap.forget, self._id)
+            await running.swap.make_room(self._id, prepared.swap_bytes)
         if boot.config.runtime.proxy_host_sockets:
             await running.host_sockets.offer_mounted(spec, share, undo)
         message = agent_pb2.CreateContainerRequest(

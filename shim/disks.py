@@ -248,8 +248,7 @@ class ContainerDisks:
         return self._disks.writes(self._id)
 
     def named(self, text: str) -> str:
-        """What the guest says of a disk that it cannot mount, with the host's name for it: the guest does not know that.
-        """
+        """What the guest says of a disk that it cannot mount, with the host's name for it."""
         for place, source in self._sources.items():
             text = text.replace(f"storage {place}: ", f"{source}: ")
         return text

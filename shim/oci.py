@@ -35,10 +35,10 @@ _HOST_NAMESPACES = ("pid", "network", "time")
 # The host's mode of cgroups decides whether a spec asks for this one. The guest always has version 2, where a container
 # finds its own limits, by which many programs size themselves, at the root of its own namespace only.
 _CGROUP_NAMESPACE = "cgroup"
+SWAPPINESS = "io.katacontainers.container.resource.swappiness"
+SWAP_IN_BYTES = "io.katacontainers.container.resource.swap_in_bytes"
 # What containers ask for by annotations and no guest has.
 _REFUSED_ANNOTATIONS = {
-    "io.katacontainers.container.resource.swappiness": "guests have no swap",
-    "io.katacontainers.container.resource.swap_in_bytes": "guests have no swap",
     "sgx.intel.com/epc": "guests have no SGX memory",
 }
 # Containers' names in annotations, of containerd and of CRI-O.
@@ -100,8 +100,8 @@ def spec_to_proto(raw: dict[str, Any], where: str) -> oci_pb2.Spec:
     return message
 
 
-def check(spec: oci_pb2.Spec) -> None:
-    """To be asked before anything is prepared for the container.
+def check(spec: oci_pb2.Spec, *, swap: bool = False) -> None:
+    """To be asked before anything is prepared for the container. `swap` says that guests may have that.
 
     Raises:
         InvalidRequest: it asks for what no container has in a virtual machine.
@@ -114,6 +114,11 @@ def check(spec: oci_pb2.Spec) -> None:
     for name, why in _REFUSED_ANNOTATIONS.items():
         if name in spec.Annotations:
             raise InvalidRequest(f"annotation {name}: not supported in this version: {why}; remove it")
+    for name in () if swap else (SWAPPINESS, SWAP_IN_BYTES):
+        if name in spec.Annotations:
+            raise InvalidRequest(
+                f"annotation {name}: the guest has no swap; set enable_guest_swap of [hypervisor.qemu], or remove it"
+            )
 
 
 def shared_mounts(spec: oci_pb2.Spec, configured: Iterable[SharedMount]) -> list[agent_pb2.SharedMount]:

@@ -59,6 +59,7 @@ LATE = (
     "shim.host_cgroup",
     "shim.disks",
     "shim.empty_dirs",
+    "shim.guest_swap",
     "shim.host_sockets",
     "shim.kubelet",
     "shim.loop",

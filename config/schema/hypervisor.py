@@ -26,7 +26,7 @@ DEFAULT_INITRD = f"{DEFAULT_GUESTS}/initrd.img"
 
 _NO_TEMPLATE = "every sandbox boots its own guest"
 _TEMPLATE_ONLY = "of templates, and every sandbox boots its own guest"
-_SWAP_ONLY = "of use only with `enable_guest_swap`"
+_SWAP_ONLY = "containers say by annotations how much they want, and get it with their creation"
 _REMOTE_ONLY = "of hypervisors on other machines"
 _EACH = "each network interface of the guest"
 _NO_DISK_LIMIT = "disks have no limits"
@@ -772,11 +772,21 @@ class Qemu(Section, frozen=True):
         str, key("ignored", "Control program of other hypervisors.", why="of other hypervisors")
     ] = ""
     enable_guest_swap: Annotated[
-        bool, key("refused", "Swap inside the guest.", why="memory would end earlier than planned")
+        bool,
+        key(
+            "now",
+            "Let containers have swap in the guest, by their annotations; see docs/disks.md. Needs virtio disks "
+            "(`block_device_driver`) on a PCI bus.",
+        ),
     ] = False
-    guest_swap_path: Annotated[str, key("ignored", "Directory of swap files.", why=_SWAP_ONLY)] = (
-        "/run/kata-containers/swap"
-    )
+    guest_swap_path: Annotated[
+        str,
+        key(
+            "now",
+            "The host's directory for what guests swap out, in files without names; the default is in memory where "
+            "`/run` is.",
+        ),
+    ] = "/run/kata-containers/swap"
     guest_swap_size_percent: Annotated[
         Count, key("ignored", "Swap in relation to memory.", unit="%", why=_SWAP_ONLY)
     ] = 100

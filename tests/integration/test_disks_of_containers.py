@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from tests.integration.containerd import Containerd
 
+MIB = 1 << 20
 DIRECT_VOLUMES = Path("/run/kata-containers/shared/direct-volumes")
 
 
@@ -128,7 +129,38 @@ def test_what_a_running_container_has_written_is_on_the_disk_of_a_stopped_sandbo
     os.kill(daemon, signal.SIGTERM)
     wait_for_end([daemon], 60)
     assert not is_running(daemon)
+    containerd.remove(container)
     assert content(image, "new") == "written\n"
+
+
+@pytest.mark.one_version
+@pytest.mark.usefixtures("restored_configuration")
+def test_swap(containerd: Containerd, images: Path) -> None:
+    """A container that writes more than its memory limit to memory lives on swap, and nothing of that stays."""
+    folder = images / "swap"
+    text = containerd.config.read_text()
+    swap = f'enable_guest_swap = true\nguest_swap_path = "{folder}"'
+    containerd.config.write_text(text.replace("[hypervisor.qemu]", f"[hypervisor.qemu]\n{swap}"))
+    annotation = "io.katacontainers.container.resource"
+    options = [
+        *("--rm", "--memory-limit", str(64 * MIB), "--annotation", f"{annotation}.swappiness=60"),
+        *("--annotation", f"{annotation}.swap_in_bytes={192 * MIB}"),
+        *("--mount", "type=tmpfs,src=tmpfs,dst=/memory,options=size=150m"),
+        *("--mount", "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro"),
+    ]
+    script = """
+        grep SwapTotal /proc/meminfo; cat /sys/fs/cgroup/memory.swap.max
+        head -c 90m /dev/urandom | tee /memory/file | md5sum
+        cat /sys/fs/cgroup/memory.swap.current; md5sum < /memory/file
+    """
+    done = containerd.run("sh", "-c", script, options=options)
+    assert done.returncode == 0, done
+    total, most, written, current, found = done.stdout.splitlines()
+    assert total.split() == ["SwapTotal:", str(128 * 1024), "kB"]
+    assert int(most) == 128 * MIB
+    assert int(current) > 20 * MIB
+    assert found == written
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.one_version

@@ -134,7 +134,7 @@ class FakeAgent:
     def _agent_handlers(self) -> Mapping[str, Handler]:
         accepted = (
             "CreateSandbox", "DestroySandbox", "SetPolicy", "UpdateContainer", "PauseContainer", "ResumeContainer",
-            "AddARPNeighbors", "TtyWinResize",
+            "AddARPNeighbors", "TtyWinResize", "AddSwap",
         )  # fmt: skip
         return {
             **dict.fromkeys(accepted, self._nothing),

@@ -60,6 +60,7 @@ SETS: dict[str, tuple[str, str, object]] = {
         ("memory_offset", "16", "", 16),
         ("numa_mapping", "0 1,2-3", "", ("0", "1,2-3")),
         ("enable_vhost_user_store", "true", "", True),
+        ("enable_guest_swap", "true", "", True),
         ("vhost_user_store_path", "@/", "", "@/"),
         ("vhost_user_reconnect_timeout_sec", "3", "", 3),
         ("kernel", "@/other", "", "@/other"),
@@ -130,7 +131,6 @@ WARNS: dict[str, tuple[str, str]] = {
 
 REFUSED: dict[str, str] = {
     HYPERVISOR + "jailer_path": "/bin/true",
-    HYPERVISOR + "enable_guest_swap": "true",
     HYPERVISOR + "use_vsock": "true",
     HYPERVISOR + "enable_iommu_platform": "true",  # on this machine
     HYPERVISOR + "cc_init_data": "eA==",

@@ -31,6 +31,7 @@ OF_NO_USE = {
     "valid_virtio_fs_daemon_paths",
     "valid_vhost_user_store_paths",
     "vhost_user_store_path",
+    "guest_swap_path",
     "valid_entropy_sources",
     "valid_file_mem_backends",
 }
@@ -72,6 +73,7 @@ def test_a_guest_that_asks_for_nothing_else_loses_nothing(site: Site) -> None:
             False,
         ),
         (f"{QUIET}enable_virtio_mem = true", "enable_virtio_mem", False),
+        (f"{QUIET}enable_guest_swap = true", "enable_guest_swap", False),
         (f"{QUIET}reclaim_guest_freed_memory = true", "reclaim_guest_freed_memory", False),
         (f'{QUIET}guest_memory_dump_path = "/var/crash"', "guest_memory_dump_path", ""),
         (f'{QUIET}entropy_source = "/dev/random"', "entropy_source", "/dev/urandom"),

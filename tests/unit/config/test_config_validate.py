@@ -167,6 +167,18 @@ def test_adjusted_values(site: Site, text: str, key: str, attribute: str, expect
             f"{STORE}vhost_user_store_path = '/'\nmachine_type = 's390-ccw-virtio'",
             "enable_vhost_user_store: guests with s390x have no disks that other programs serve",
         ),
+        (
+            "enable_guest_swap = true\ndisable_block_device_use = true",
+            "enable_guest_swap: no disk reaches the guest with disable_block_device_use",
+        ),
+        (
+            "enable_guest_swap = true\nblock_device_driver = 'virtio-scsi'",
+            "enable_guest_swap: swap is on virtio disks, and block_device_driver is virtio-scsi",
+        ),
+        (
+            "enable_guest_swap = true\nmachine_type = 's390-ccw-virtio'",
+            "enable_guest_swap: guests with s390x have no swap",
+        ),
         (f"{STORE}vhost_user_store_path = '/nowhere'", "vhost_user_store_path: '/nowhere' is no directory"),
         (
             "machine_type = 's390-ccw-virtio'\nenable_numa = true",

@@ -235,3 +235,12 @@ def test_only_disks_of_the_user_alone_are_written_out(
         "load ext4", f"mount {tmp_path}/one", "load ext4", f"mount {tmp_path}/both",
         f"unmount {tmp_path}/local", f"unmount {tmp_path}/one", f"unmount {tmp_path}/both",
     ]  # fmt: skip
+
+
+def test_what_cannot_be_swapped_to_is_named(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 16))
+    with pytest.raises(
+        InvalidRequest, match=f"^the guest cannot swap to {image}: .*; see that it is a disk prepared"
+    ):
+        disks.swap_on(str(image))

@@ -120,8 +120,8 @@ class Machine:
         return asyncio.get_running_loop().time()
 
     async def plug_disk(self, disk: Disk, fd: int) -> DiskAddress:
-        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
-        self._seen.append(f"plugged in: {name}, discard={disk.discard}")
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        self._seen.append(f"plugged in: {path}, discard={disk.discard}")
         return DiskAddress("blk", "1e/01")
 
     async def unplug_disk(self, disk_id: str) -> None:

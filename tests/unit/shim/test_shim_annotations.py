@@ -32,11 +32,11 @@ LIMITS = {
     "io.kubernetes.cri.sandbox-memory": "memory_bytes",
 }
 NAMES = ("io.kubernetes.cri.container-name", "io.kubernetes.cri-o.ContainerName")
-REFUSED = (
+SWAP = (
     "io.katacontainers.container.resource.swappiness",
     "io.katacontainers.container.resource.swap_in_bytes",
-    "sgx.intel.com/epc",
 )
+REFUSED = ("sgx.intel.com/epc",)
 OPTIONS_OF_MOUNTS = (
     "io.katacontainers.volume=",
     "io.katacontainers.volume.overlayfs.create_directory",
@@ -71,6 +71,7 @@ def test_every_known_annotation_has_a_place() -> None:
         *POD.values(),
         *LIMITS,
         *NAMES,
+        *SWAP,
         *REFUSED,
         *OPTIONS_OF_MOUNTS,
         *WRITTEN_BY_US,
@@ -105,6 +106,16 @@ def test_what_no_guest_has(name: str) -> None:
         InvalidRequest, match=f"^annotation {name}: not supported in this version: .*; remove it$"
     ):
         oci.check(oci.spec_to_proto({"annotations": {name: "1"}}, ""))
+
+
+@pytest.mark.parametrize("name", SWAP)
+def test_swap_where_guests_have_it(name: str) -> None:
+    spec = oci.spec_to_proto({"annotations": {name: "1"}}, "")
+    with pytest.raises(
+        InvalidRequest, match=f"^annotation {name}: the guest has no swap; set enable_guest_swap"
+    ):
+        oci.check(spec)
+    oci.check(spec, swap=True)
 
 
 @pytest.mark.parametrize("option", OPTIONS_OF_MOUNTS)

@@ -57,6 +57,7 @@ def shared(**changed: str) -> str:
 IMAGE = {QEMU + "image": '"@/image"', QEMU + "initrd": '""'}
 PMEM = IMAGE | {QEMU + "vm_rootfs_driver": '"virtio-pmem"'}
 GROWS = {QEMU + "enable_virtio_mem": "true", QEMU + "default_maxmemory": "4096"}
+SWAPS = {"io.katacontainers.container.resource.swappiness": "60"}
 SCSI = {QEMU + "block_device_driver": '"virtio-scsi"'}
 STORE = {QEMU + "enable_vhost_user_store": "true", QEMU + "vhost_user_store_path": '"@"'}
 STATIC = {RUNTIME + "static_sandbox_resource_mgmt": "true"}
@@ -212,6 +213,15 @@ NOW: dict[str, Shown] = {
     QEMU + "guest_memory_dump_paging": Shown(
         "true", "paging=True", {QEMU + "guest_memory_dump_path": '"@/dumps"'}
     ),
+    QEMU + "enable_guest_swap": Shown(
+        "true", "AddSwap PCIPath: 30", {QEMU + "guest_swap_path": '"@/swap"'}, annotations=SWAPS
+    ),
+    QEMU + "guest_swap_path": Shown(
+        '"@/other-swap"',
+        "plugged in: @/other-swap/",
+        {QEMU + "enable_guest_swap": "true", QEMU + "guest_swap_path": '"@/swap"'},
+        annotations=SWAPS,
+    ),
     QEMU + "disable_vhost_net": Shown("true", "vhost=False"),
     QEMU + "network_queues": Shown("2", ",mq=on,vectors=6"),
     QEMU + "rx_rate_limiter_max_rate": Shown("8000", "in and out: (8000, 0)"),
@@ -275,7 +285,9 @@ NOW: dict[str, Shown] = {
     RUNTIME + "disable_guest_seccomp": Shown("true", "SCMP_ACT_ERRNO", gone=True),
     RUNTIME + "static_sandbox_resource_mgmt": Shown("true", "-m\n300M\n"),
     RUNTIME + "sandbox_bind_mounts": Shown('["@/other"]', "seen by every guest: ('@/other:ro',)"),
-    RUNTIME + "emptydir_mode": Shown('"block-plain"', "plugged in: kata-disk.img, discard=True"),
+    RUNTIME + "emptydir_mode": Shown(
+        '"block-plain"', "/kubernetes.io~empty-dir/c/kata-disk.img, discard=True"
+    ),
     RUNTIME + "proxy_host_sockets": Shown("true", "ListenSocket name:"),
     RUNTIME + "vfio_mode": Shown(
         '"vfio"', 'type: "vfio-pci"\n', {QEMU + "hot_plug_vfio": '"root-port"'}, host_device=GPU
@@ -309,7 +321,6 @@ OTHERS: dict[str, dict[str, str]] = {
         QEMU + "disable_guest_selinux": "false",
         QEMU + "jailer_path": '"/x"',
         QEMU + "valid_jailer_paths": '["/x"]',
-        QEMU + "enable_guest_swap": "true",
         QEMU + "boot_to_be_template": "true",
         QEMU + "boot_from_template": "true",
         QEMU + "factory.enable_template": "true",
@@ -326,7 +337,6 @@ OTHERS: dict[str, dict[str, str]] = {
         QEMU + "disable_nesting_checks": "true",
         QEMU + "ctlpath": '"/x"',
         QEMU + "valid_ctlpaths": '["/x"]',
-        QEMU + "guest_swap_path": '"/x"',
         QEMU + "guest_swap_size_percent": "1",
         QEMU + "guest_swap_create_threshold_secs": "1",
         QEMU + "hypervisor_socket": '"/x"',
@@ -408,7 +418,10 @@ def known() -> dict[str, str]:
 @pytest.mark.parametrize("key", NOW)
 async def test_what_it_does(site: Site, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     row = NOW[key]
-    asked = {PREFIX + name: value.replace("@", str(site.root)) for name, value in row.annotations.items()}
+    asked = {
+        name if name.startswith("io.") else PREFIX + name: value.replace("@", str(site.root))
+        for name, value in row.annotations.items()
+    }
     before = await done_by(site.root, text_of(site, row.given), asked, monkeypatch, row.host_device)
     text = text_of(site, {**row.given, row.set_by or key: row.value})
     after = await done_by(site.root, text, asked, monkeypatch, row.host_device)

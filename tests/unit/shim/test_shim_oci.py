@@ -328,8 +328,6 @@ def test_user_namespaces_are_refused() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "io.katacontainers.container.resource.swappiness",
-        "io.katacontainers.container.resource.swap_in_bytes",
         "sgx.intel.com/epc",
     ],
 )
