@@ -7,6 +7,7 @@ does. Only keys with an effect are looked at.
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -442,7 +443,10 @@ class _QemuTopics:
     def for_pods(self) -> Changes:
         for index, pattern in enumerate(self._qemu.enable_annotations):
             try:
-                re.compile(pattern)
+                with warnings.catch_warnings():
+                    # What a later Python may read in another way, as `[[`, is no concern of who reads a log.
+                    warnings.simplefilter("ignore", FutureWarning)
+                    re.compile(pattern)
             except (re.error, OverflowError, RecursionError):
                 where = (*self._where, "enable_annotations", index)
                 self._report.add(where, f"{show(pattern)} is not a regular expression")

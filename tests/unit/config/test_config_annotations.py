@@ -296,6 +296,13 @@ def test_the_small_initrd_goes_with_the_image(pod_site: Site, name: str, kept: b
     assert found.image_initrd == (other if kept else "")
 
 
+def test_a_pattern_that_a_later_python_may_read_in_another_way_is_one(site: Site) -> None:
+    """Python warns of it, which is an error in tests, and a stray line in a log elsewhere."""
+    assert site.problems('enable_annotations = ["[[a]", "[["]\n') == [
+        "hypervisor.qemu.enable_annotations[1]: '[[' is not a regular expression"
+    ]
+
+
 def test_a_broken_pattern_is_a_mistake_of_the_file(site: Site) -> None:
     assert site.problems('enable_annotations = ["path", "("]\n') == [
         "hypervisor.qemu.enable_annotations[1]: '(' is not a regular expression"
