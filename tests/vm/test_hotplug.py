@@ -1,4 +1,7 @@
-"""A disk, a network card and memory come and go while a real QEMU runs our guest, and nothing of them is left."""
+"""A disk and a network card come and go while a real QEMU runs our guest, and nothing of them is left.
+
+Memory is in `test_resize`: modules stay, because a guest that uses one does not let go of it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from hypervisor.errors import HotplugRefused, QmpRefused
 from hypervisor.host import Host
 from hypervisor.netns import entered, new_netns
 from hypervisor.qemu import commands
-from hypervisor.qemu.events import AcpiDeviceOst
 from hypervisor.qemu.machine import booted
 from hypervisor.tap import open_tap
 from tests.vm.test_machine import GUEST, READY_VPORT, make_spec, tiny_kernel
@@ -23,7 +25,6 @@ from tests.vm.test_machine import pytestmark as vm_marks
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from hypervisor.qemu.events import Event
     from hypervisor.qemu.qmp import Monitor
     from hypervisor.spec import VmSpec
 
@@ -34,7 +35,7 @@ pytestmark = [
     pytest.mark.timeout(180),
     pytest.mark.skipif(not (GUEST / "initrd.img").exists(), reason="no guest image in build/guest"),
 ]
-ROUNDS = 3
+ROUNDS = 20
 MIB = 1 << 20
 
 
@@ -95,24 +96,6 @@ async def nic(monitor: Monitor, folder: Path) -> None:
     await commands.netdev_del(monitor, "network-tap0")
 
 
-async def memory(monitor: Monitor, folder: Path) -> None:
-    await commands.object_add(monitor, "memory-backend-memfd", "more", {"size": 128 * MIB, "share": True})
-    taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def heard(event: Event) -> None:
-        if isinstance(event, AcpiDeviceOst) and event.info.device == "dimm1" and not taken.done():
-            taken.set_result(None)
-
-    with monitor.listening(heard):
-        await commands.device_add(monitor, "pc-dimm", "dimm1", {"memdev": "more"})
-        # A guest that is still at it may miss the request to let go.
-        await asyncio.wait_for(taken, 60)
-    (device,) = await commands.query_memory_devices(monitor)
-    assert (device.data.id, device.data.size, device.data.hotplugged) == ("dimm1", 128 * MIB, True)
-    await commands.unplug(monitor, "dimm1")
-    await commands.object_del(monitor, "more")
-
-
 async def test_what_comes_and_goes_leaves_nothing(make_spec: Callable[..., VmSpec], tmp_path: Path) -> None:
     ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -124,15 +107,12 @@ async def test_what_comes_and_goes_leaves_nothing(make_spec: Callable[..., VmSpe
         kernel=GUEST / "vmlinux",
         initrd=GUEST / "initrd.img",
         memory_mib=256,
-        memory_slots=2,
-        max_memory_mib=1024,
-        max_vcpus=2,
         pcie_root_ports=2,
         vsock="user",
         tsc_khz=Host().tsc_khz(),
         ready_vport=READY_VPORT,
     )
-    kinds: list[Callable[[Monitor, Path], Awaitable[None]]] = [disk, nic, memory]
+    kinds: list[Callable[[Monitor, Path], Awaitable[None]]] = [disk, nic]
     async with booted(spec, listeners={READY_VPORT: on_connection}) as machine:
         ends: list[asyncio.Future[Any]] = [ready, machine.exited]
         await asyncio.wait(ends, timeout=80, return_when=asyncio.FIRST_COMPLETED)
@@ -141,9 +121,9 @@ async def test_what_comes_and_goes_leaves_nothing(make_spec: Callable[..., VmSpe
         for _ in range(ROUNDS):
             for plug_and_unplug in kinds:
                 await plug_and_unplug(machine.monitor, tmp_path)
-                # QEMU frees memory, and closes its file, when all of its threads have let go of it.
+                # QEMU closes files when all of its threads have let go of them.
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(10):
+                    async with asyncio.timeout(60):
                         while await inventory(machine.monitor, machine.pid) != before:
                             await asyncio.sleep(0.05)
                 assert await inventory(machine.monitor, machine.pid) == before, plug_and_unplug
