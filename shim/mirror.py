@@ -12,20 +12,19 @@ directory.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
-import stat
-import struct
 from typing import TYPE_CHECKING
 
 import structlog
 
 from agent_proto.client import AgentGone
-from agent_proto.gen.kata_py_agent_pb2 import MirrorEntry, RemoveMirrorRequest, UpdateMirrorRequest
+from agent_proto.gen.kata_py_agent_pb2 import RemoveMirrorRequest, UpdateMirrorRequest
+from shim.directory_watch import DirectoryWatch
+from shim.kubelet_files import NotMirrored, Unsteady, pieces
 from ttrpc import Code, ConnectionClosed, RpcError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
     from contextlib import ExitStack
     from pathlib import Path
 
@@ -37,161 +36,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 GUEST_DIR = "/run/kata-containers/sandbox/mirrors"
-# Kubernetes' own limit for one ConfigMap or Secret is 1 MiB; projected volumes have several of them.
-LIMIT_BYTES = 8 << 20
-LIMIT_FILES = 10_000
-# One file has to fit into a message, for which ttrpc allows 4 MiB.
-LIMIT_FILE_BYTES = 3 << 20
-# What is read, and sent, in one go: a few milliseconds.
-_PIECE_FILES, _PIECE_BYTES = 128, 512 << 10
 # A kubelet makes and removes links right after the change of versions: all of it is one change for the guest.
 _SETTLE_S = 0.05
 # A guest that did not take a change is asked again after this time, and after twice as long each time it fails.
 _RETRY_S, _LONGEST_RETRY_S = 1.0, 60.0
 # How often a directory that changes while it is read for the first time is read again.
 _FIRST_READS = 10
-# The link by which a kubelet goes from one version of all files to the next; what else begins like this is a version.
-_VERSION, _VERSIONS = "..data", ".."
-
-_EVENT = struct.Struct("iIII")  # struct inotify_event: watch, mask, cookie, length of the name
-_IN_MOVED_FROM, _IN_MOVED_TO, _IN_CREATE, _IN_DELETE = 0x40, 0x80, 0x100, 0x200  # linux/inotify.h
-_IN_Q_OVERFLOW, _IN_IGNORED, _IN_ONLYDIR = 0x4000, 0x8000, 0x1000000
-
-
-class NotMirrored(Exception):
-    """This directory is no copy in the guest; says why."""
-
-
-class Unsteady(Exception):
-    """The directory has changed while it was read."""
-
-
-def pieces(root: int) -> Iterator[list[MirrorEntry]]:
-    """What is in a directory, one version of it, in pieces that can be sent. `root` is a descriptor of it.
-
-    Raises:
-        NotMirrored: it is too large, or not written as a kubelet writes.
-        Unsteady: it changed meanwhile; some time soon it is to be read again.
-        OSError: it cannot be read.
-    """
-    piece: list[MirrorEntry] = []
-    piece_bytes = total_bytes = total_files = 0
-    version = _version(root)
-    try:
-        for entry in _entries(root, version):
-            total_files += 1
-            total_bytes += len(entry.data)
-            if total_files > LIMIT_FILES or total_bytes > LIMIT_BYTES or len(entry.data) > LIMIT_FILE_BYTES:
-                raise NotMirrored(
-                    f"it is larger than {LIMIT_FILES} files, {LIMIT_BYTES >> 20} MiB in all or "
-                    f"{LIMIT_FILE_BYTES >> 20} MiB in one file"
-                )
-            piece.append(entry)
-            piece_bytes += len(entry.data)
-            if len(piece) >= _PIECE_FILES or piece_bytes >= _PIECE_BYTES:
-                yield piece
-                piece, piece_bytes = [], 0
-    except (FileNotFoundError, NotADirectoryError) as err:
-        raise Unsteady from err
-    if _version(root) != version:
-        raise Unsteady
-    yield piece
-
-
-def _version(root: int) -> str:
-    try:
-        version = os.readlink(_VERSION, dir_fd=root)
-    except OSError as err:
-        raise NotMirrored(f"it has no link {_VERSION}, which a kubelet makes") from err
-    if not version.startswith(_VERSIONS) or "/" in version:
-        raise NotMirrored(f"its link {_VERSION} leads elsewhere")
-    return version
-
-
-def _entries(root: int, version: str) -> Iterator[MirrorEntry]:
-    info = os.fstat(root)
-    yield MirrorEntry(path=b".", mode=info.st_mode, uid=info.st_uid, gid=info.st_gid)
-    for name in sorted(os.listdir(root)):
-        if name in (_VERSION, version) or not name.startswith(_VERSIONS):
-            yield from _entry(root, name, os.fsencode(name))
-
-
-def _entry(folder: int, name: str, path: bytes) -> Iterator[MirrorEntry]:
-    info = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    entry = MirrorEntry(path=path, mode=info.st_mode, uid=info.st_uid, gid=info.st_gid)
-    if stat.S_ISLNK(info.st_mode):
-        entry.data = os.fsencode(os.readlink(name, dir_fd=folder))
-        yield entry
-    elif stat.S_ISREG(info.st_mode):
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-        with open(fd, "rb", buffering=0) as file:
-            # One byte more than allowed tells that there is more.
-            entry.data = file.read(min(os.fstat(fd).st_size, LIMIT_FILE_BYTES + 1)) or b""
-        yield entry
-    elif stat.S_ISDIR(info.st_mode):
-        yield entry
-        below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-        try:
-            for inner in sorted(os.listdir(below)):
-                yield from _entry(below, inner, b"%s/%s" % (path, os.fsencode(inner)))
-        finally:
-            os.close(below)
-
-
-class DirectoryWatch:
-    """Calls back when a name in a watched directory appears, goes, or becomes another's. One inotify descriptor for
-    all of them: of these a user has few, see fs.inotify.max_user_instances."""
-
-    def __init__(self) -> None:
-        """Raises OSError: the host has no more of them to give."""
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._fd = self._checked(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
-        self._callbacks: dict[int, Callable[[], None]] = {}
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._fd, self._read)
-
-    def add(self, folder: int, changed: Callable[[], None]) -> int:
-        """Watch a directory by a descriptor of it; returns a handle for `remove`. Raises OSError."""
-        mask = _IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE | _IN_DELETE | _IN_ONLYDIR
-        handle = self._checked(
-            self._libc.inotify_add_watch(self._fd, b"/proc/self/fd/%d" % folder, ctypes.c_uint32(mask))
-        )
-        self._callbacks[handle] = changed
-        return handle
-
-    def remove(self, handle: int) -> None:
-        """Harmless when the directory, and with it the watch, is gone."""
-        if self._callbacks.pop(handle, None) is not None:
-            self._libc.inotify_rm_watch(self._fd, handle)
-
-    def close(self) -> None:
-        self._loop.remove_reader(self._fd)
-        os.close(self._fd)
-
-    def _checked(self, result: int) -> int:
-        if result < 0:
-            number = ctypes.get_errno()
-            why = "cannot watch it by inotify; see fs.inotify.max_user_instances and max_user_watches"
-            raise OSError(number, f"{os.strerror(number)}: {why}")
-        return result
-
-    def _read(self) -> None:
-        data = os.read(self._fd, 65536)
-        changed: dict[int, None] = {}
-        offset = 0
-        while offset < len(data):
-            handle, mask, _, length = _EVENT.unpack_from(data, offset)
-            name = data[offset + _EVENT.size :][:length].rstrip(b"\0").decode(errors="replace")
-            offset += _EVENT.size + length
-            if mask & _IN_Q_OVERFLOW:
-                changed.update(dict.fromkeys(self._callbacks))
-            elif mask & _IN_IGNORED:
-                self._callbacks.pop(handle, None)
-            elif name == _VERSION or not name.startswith(_VERSIONS):
-                changed[handle] = None
-        for handle in changed:
-            if (callback := self._callbacks.get(handle)) is not None:
-                callback()
 
 
 class _Mirror:

@@ -167,6 +167,18 @@ async def device_del(monitor: Monitor, device_id: str) -> None:
     await monitor.execute("device_del", {"id": device_id})
 
 
+async def told(monitor: Monitor, outcome: asyncio.Future[Any], *, timeout_s: float) -> bool:
+    """Wait until a listener to events knows the outcome, but no longer than the time, or than QEMU's monitor is there.
+    Returns whether that has gone away: no event comes any more."""
+    lost = asyncio.create_task(monitor.lost())
+    try:
+        ends: list[asyncio.Future[Any]] = [outcome, lost]
+        await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        return lost.done()
+    finally:
+        lost.cancel()
+
+
 async def unplug(monitor: Monitor, device_id: str, *, timeout_s: float = UNPLUG_TIMEOUT_S) -> None:
     """Take a device out, and wait until the guest has let go of it. Nothing happens when it is not there.
 
@@ -190,16 +202,11 @@ async def unplug(monitor: Monitor, device_id: str, *, timeout_s: float = UNPLUG_
             if err.kind == "DeviceNotFound":
                 return
             raise HotplugRefused(f"cannot unplug {device_id}: {err}; try again later") from err
-        lost = asyncio.create_task(monitor.lost())
-        try:
-            ends: list[asyncio.Future[Any]] = [outcome, lost]
-            await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            lost.cancel()
+        lost = await told(monitor, outcome, timeout_s=timeout_s)
     if outcome.done():
         if not isinstance(outcome.result(), DeviceDeleted):
             raise HotplugRefused(f"cannot unplug {device_id}: the guest refused; stop what uses it there")
-    elif lost.done():
+    elif lost:
         raise QmpUnavailable(f"QEMU's monitor went away while {device_id} was being unplugged")
     else:
         raise HotplugRefused(

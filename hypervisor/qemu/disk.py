@@ -17,11 +17,12 @@ import structlog
 from hypervisor.arch import arch_named
 from hypervisor.errors import HotplugRefused, HypervisorError, QmpRefused
 from hypervisor.qemu import commands
-from hypervisor.qemu.disk_places import Place, places
+from hypervisor.qemu.disk_places import places
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from hypervisor.qemu.bridge import Place
     from hypervisor.qemu.qmp import Monitor
     from hypervisor.spec import Disk, VhostUserDisk, VmSpec
 

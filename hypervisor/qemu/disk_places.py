@@ -5,10 +5,9 @@ On channels (s390x) devices find a place by themselves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from hypervisor.qemu.args import Device
+from hypervisor.qemu.bridge import SLOTS, PciBridge, Place
 from hypervisor.qemu.rare_args import PciePort
 
 if TYPE_CHECKING:
@@ -18,34 +17,12 @@ if TYPE_CHECKING:
     from hypervisor.qemu import args
 
 _BRIDGE = "disk-bridge"
-# PCI has 32 slots on a bus. Kata leaves out the first and the last of a bridge, and its agent reads paths the same way.
-_BRIDGE_SLOTS = range(1, 31)
 # As many as Kata's bridges reserve: for the disks' registers, which are 4 KiB and 16 KiB for each.
 _RESERVED_IO, _RESERVED_MEMORY = "4k", "1m"
 _PORT = "disk-port"
 PORTS = 8
 # Far from the numbers of ports for interfaces, which start at 64.
 _FIRST_CHASSIS = 128
-
-
-class Place(NamedTuple):
-    """A bus and a slot on it."""
-
-    bus: str
-    slot: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PciBridge(Device):
-    """A bridge behind which firmware (ACPI) plugs devices in and out: without `shpc`, the bridge's own way."""
-
-    id: str
-    bus: str
-    chassis_nr: int
-    shpc: bool
-    io_reserve: str
-    mem_reserve: str
-    pref64_reserve: str
 
 
 def disk_places(arch: Arch) -> Iterator[args.Switch]:
@@ -70,5 +47,5 @@ def disk_places(arch: Arch) -> Iterator[args.Switch]:
 def places(arch: Arch) -> list[Place]:
     """All places for disks that the command line has made; none where they need none."""
     if arch.plug_in_bridge:
-        return [Place(_BRIDGE, slot) for slot in _BRIDGE_SLOTS]
-    return [Place(f"{_PORT}{index}", 0) for index in range(PORTS if arch.pcie_ports else 0)]
+        return [Place(_BRIDGE, slot) for slot in SLOTS]
+    return [Place(f"{_PORT}{index}") for index in range(PORTS if arch.pcie_ports else 0)]

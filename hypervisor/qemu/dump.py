@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -89,14 +89,9 @@ async def _dump(monitor: Monitor, core: Path, spec: VmSpec) -> None:
     timeout_s = max(_LEAST_TIMEOUT_S, spec.memory_mib / _SLOWEST_MIB_PER_S)
     with monitor.listening(heard):
         await commands.dump_guest_memory(monitor, _FDNAME, paging=spec.dump_paging)
-        lost = asyncio.create_task(monitor.lost())
-        try:
-            ends: list[asyncio.Future[Any]] = [outcome, lost]
-            await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            lost.cancel()
+        lost = await commands.told(monitor, outcome, timeout_s=timeout_s)
     if not outcome.done():
-        raise DumpFailed("QEMU went away" if lost.done() else f"it was not done within {timeout_s:g} s")
+        raise DumpFailed("QEMU went away" if lost else f"it was not done within {timeout_s:g} s")
     if outcome.result().result.status != "completed":
         raise DumpFailed(f"QEMU said: {outcome.result().error}")
 

@@ -6,12 +6,11 @@ behind it, by QEMU's own word.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hypervisor.errors import InvalidSpec
-from hypervisor.qemu.args import Device
+from hypervisor.qemu.bridge import SLOTS, PciBridge, Place
 from hypervisor.qemu.rare_args import PciePort
 
 if TYPE_CHECKING:
@@ -28,26 +27,7 @@ _MOST_PORTS = 16
 _BRIDGE = "vfio-bridge"
 # Number 1 is that of a bridge for disks.
 _BRIDGE_CHASSIS = 2
-# PCI has 32 slots on a bus; firmware that plugs devices in does not use the first and the last.
-_BRIDGE_SLOTS = range(1, 31)
 _KEYS = {"root-port": "pcie_root_port", "switch-port": "pcie_switch_port", "bridge-port": ""}
-
-
-class Place(NamedTuple):
-    """A bus and a slot on it."""
-
-    bus: str
-    slot: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PciBridge(Device):
-    """A bridge to PCI. Without `shpc`, its own way, it is firmware that plugs devices in behind it."""
-
-    id: str
-    bus: str
-    chassis_nr: int
-    shpc: bool
 
 
 def spare_ports(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
@@ -78,13 +58,13 @@ def spare_ports(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
 
 def first_places(spec: VmSpec) -> list[Place]:
     """Where the PCI devices of the host are that the machine starts with, in their order."""
-    return list(islice(_places(spec.host_device_port, _BRIDGE_SLOTS.stop), _behind_ports(spec)))
+    return list(islice(_places(spec.host_device_port, SLOTS.stop), _behind_ports(spec)))
 
 
 def free_place(spec: VmSpec, buses: Sequence[PciBus]) -> Place | None:
     """A place for one more device of the host, by what QEMU says is on its buses; None when all are taken."""
     ports = {device.qdev_id: device for bus in buses for device in _all_below(bus.devices)}
-    for place in _places(spec.host_device_port, _BRIDGE_SLOTS.stop):
+    for place in _places(spec.host_device_port, SLOTS.stop):
         port = ports.get(place.bus)
         if port is None:
             return None
@@ -105,7 +85,7 @@ def _behind_ports(spec: VmSpec) -> int:
 
 def _places(kind: PortKind, limit: int) -> Iterator[Place]:
     if kind == "bridge-port":
-        yield from (Place(_BRIDGE, slot) for slot in _BRIDGE_SLOTS)
+        yield from (Place(_BRIDGE, slot) for slot in SLOTS)
     else:
         name = "rp" if kind == "root-port" else "swdp"
         yield from (Place(f"{name}{index}") for index in range(limit))
@@ -131,8 +111,8 @@ def _check(spec: VmSpec, arch: Arch, counts: dict[str, int]) -> None:
         )
     if max(roots, switched) > _MOST_PORTS:
         raise InvalidSpec(f"{max(roots, switched)} PCIe ports are more than {_MOST_PORTS}")
-    if bridged > len(_BRIDGE_SLOTS):
-        raise InvalidSpec(f"{bridged} devices are more than the {len(_BRIDGE_SLOTS)} that a bridge takes")
+    if bridged > len(SLOTS):
+        raise InvalidSpec(f"{bridged} devices are more than the {len(SLOTS)} that a bridge takes")
     if bridged and spec.host_device_places and arch.name != "x86_64":
         raise InvalidSpec(
             f"nothing is plugged in behind a bridge of {arch.name} guests; set hot_plug_vfio to root-port"

@@ -8,7 +8,7 @@ machine changes for the first time.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hypervisor.arch import arch_named
 from hypervisor.errors import HotplugRefused, HypervisorError
@@ -207,12 +207,7 @@ class Resizing:
 
     async def _told(self, answer: asyncio.Future[int], what: str) -> int:
         """The guest's answer. Raises HotplugRefused when there is none."""
-        lost = asyncio.create_task(self._monitor.lost())
-        try:
-            ends: list[asyncio.Future[Any]] = [answer, lost]
-            await asyncio.wait(ends, timeout=PLUG_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            lost.cancel()
+        await commands.told(self._monitor, answer, timeout_s=PLUG_TIMEOUT_S)
         if not answer.done():
             raise HotplugRefused(
                 f"{what}: the guest did not take it within {PLUG_TIMEOUT_S:g} s; "

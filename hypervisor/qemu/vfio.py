@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from hypervisor.arch import Arch
     from hypervisor.qemu import args
-    from hypervisor.qemu.ports import Place
+    from hypervisor.qemu.bridge import Place
     from hypervisor.qemu.qmp import Monitor
     from hypervisor.spec import VmSpec
     from hypervisor.vfio import HostDevice

@@ -14,7 +14,8 @@ import pytest_asyncio
 from agent_proto.gen import agent_pb2 as pb
 from hypervisor.errors import DeviceUnavailable, HotplugRefused
 from hypervisor.qemu import commands
-from hypervisor.qemu.ports import Place, free_place
+from hypervisor.qemu.bridge import Place
+from hypervisor.qemu.ports import free_place
 from hypervisor.vfio import HostDevice
 from tests.vm.guest import MARKS, Guest, running_guest, specification
 from ttrpc import Code, RpcError

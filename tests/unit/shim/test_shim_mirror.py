@@ -13,7 +13,9 @@ from structlog.testing import capture_logs
 
 from guest_agent.mirror import Mirrors as GuestMirrors
 from shim import mirror as mirror_module
-from shim.mirror import LIMIT_FILE_BYTES, LIMIT_FILES, Mirrors, NotMirrored, Unsteady, pieces
+from shim.directory_watch import DirectoryWatch
+from shim.kubelet_files import LIMIT_FILE_BYTES, LIMIT_FILES, NotMirrored, Unsteady, pieces
+from shim.mirror import Mirrors
 from shim.oci import is_kubelets
 from tests.support.atomic_writer import AtomicWriter
 from ttrpc import Code, ConnectionClosed, RpcError
@@ -207,9 +209,9 @@ async def test_without_room_in_the_guest_it_is_shared(site: Site) -> None:
 
 async def test_without_watches_of_the_host_it_is_shared(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.volume.write({"a": "1"})
-    real = mirror_module.DirectoryWatch
+    real = DirectoryWatch
 
-    def when_the_host_has_no_more() -> mirror_module.DirectoryWatch:
+    def when_the_host_has_no_more() -> DirectoryWatch:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
         try:
