@@ -6,19 +6,18 @@ looks again before the kernel has announced something.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
 from typing import TYPE_CHECKING
 
 from guest_agent import syscalls
-from guest_agent.errors import InvalidRequest, NotFound
+from guest_agent.errors import InvalidRequest
+from guest_agent.hardware import HardwareFinder, names_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from agent_proto.gen import agent_pb2, oci_pb2
-    from guest_agent.uevent import Uevents
 
 #: Kinds of addresses, by Kata's names of them, and the modules that such a disk needs.
 _MODULES = {"blk": ("virtio_blk",), "blk-ccw": ("virtio_blk",), "scsi": ("virtio_scsi", "sd_mod")}
@@ -31,23 +30,8 @@ _HEX = frozenset("0123456789abcdef")
 _SCSI_HOSTS = "class/scsi_host"
 
 
-class Finder:
+class Finder(HardwareFinder):
     """Looks for disks, each for `patience_s` seconds at most. `load` loads a kernel module that is not built in."""
-
-    def __init__(
-        self,
-        uevents: Uevents,
-        load: Callable[[str], None],
-        *,
-        patience_s: float,
-        sys: str = "/sys",
-        dev: str = "/dev",
-    ) -> None:
-        self._uevents = uevents
-        self._load = load
-        self._patience_s = patience_s
-        self._sys = sys
-        self._dev = dev
 
     async def find(self, driver: str, address: str) -> str:
         """The device file of a disk. Raises InvalidRequest, NotFound when it does not come, OSError."""
@@ -57,14 +41,7 @@ class Finder:
             self._load(module)
         if driver == "scsi":
             self._scan(address)
-        try:
-            async with asyncio.timeout(self._patience_s):
-                await self._uevents.until(lambda: self._there(driver, address) is not None)
-        except TimeoutError:
-            raise NotFound(
-                f"the guest did not see {driver} disk {address} within {self._patience_s:g} s; "
-                "agent.hotplug_timeout in kernel_params gives it more"
-            ) from None
+        await self.until(lambda: self._there(driver, address) is not None, f"{driver} disk {address}")
         path = self._there(driver, address)
         assert path is not None
         return path
@@ -84,26 +61,24 @@ class Finder:
 
     def _pci(self, address: str) -> str | None:
         """The directory of a PCI function 0: its slot on each bus from the root."""
-        directory = self._root_bus()
+        directory = self.root_bus("pci0000:00")
         for slot in address.split("/"):
             ending = f":{slot}.0"
-            names = _names(directory) if directory is not None else []
+            names = names_in(directory) if directory is not None else []
             found = next((name for name in names if name.endswith(ending) and name.count(":") == 2), None)
             if found is None:
                 return None
             directory = f"{directory}/{found}"
         return directory
 
-    def _root_bus(self) -> str | None:
-        """Of the devices of ACPI, or of a board that a device tree describes."""
-        root, devices = "pci0000:00", f"{self._sys}/devices"
-        boards = (f"{devices}/platform/{name}/{root}" for name in _names(f"{devices}/platform"))
-        return next((path for path in (f"{devices}/{root}", *boards) if os.path.isdir(path)), None)
-
     def _scsi(self, address: str) -> str | None:
         units = f"{self._sys}/class/scsi_device"
         return next(
-            (f"{units}/{name}/device" for name in _names(units) if name.split(":", 2)[1:] == ["0", address]),
+            (
+                f"{units}/{name}/device"
+                for name in names_in(units)
+                if name.split(":", 2)[1:] == ["0", address]
+            ),
             None,
         )
 
@@ -111,7 +86,7 @@ class Finder:
         """A host whose driver has been loaded just now has not heard of units that came before."""
         hosts = f"{self._sys}/{_SCSI_HOSTS}"
         target, unit = address.split(":")
-        for name in _names(hosts):
+        for name in names_in(hosts):
             with open(f"{hosts}/{name}/scan", "w") as file:
                 file.write(f"0 {target} {unit}")
 
@@ -181,15 +156,8 @@ def _is_address(driver: str, address: str) -> bool:
 
 def _disk_below(directory: str) -> str | None:
     """The disk of a SCSI unit, or of a virtio device below its bus's device."""
-    virtio = (f"{directory}/{name}" for name in _names(directory) if name.startswith("virtio"))
+    virtio = (f"{directory}/{name}" for name in names_in(directory) if name.startswith("virtio"))
     for place in (directory, *virtio):
-        for name in _names(f"{place}/block"):
+        for name in names_in(f"{place}/block"):
             return name
     return None
-
-
-def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []

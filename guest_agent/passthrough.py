@@ -7,19 +7,18 @@ container's own program drives it, through the guest's VFIO (`vfio-pci`). Loaded
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
 from functools import partial
 from typing import TYPE_CHECKING
 
-from guest_agent.errors import InvalidRequest, NotFound
+from guest_agent.errors import InvalidRequest
+from guest_agent.hardware import HardwareFinder, names_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from agent_proto.gen import agent_pb2, oci_pb2
-    from guest_agent.uevent import Uevents
 
 #: Kinds of devices, by Kata's names of them (Device.type).
 DRIVEN_BY_KERNEL, DRIVEN_BY_CONTAINER = "vfio-pci-gk", "vfio-pci"
@@ -47,29 +46,14 @@ class PciDevice:
         self.directory = directory
 
 
-class Finder:
+class Finder(HardwareFinder):
     """Looks for devices, each for `patience_s` seconds at most. `load` loads a kernel module that is not built in."""
-
-    def __init__(
-        self,
-        uevents: Uevents,
-        load: Callable[[str], None],
-        *,
-        patience_s: float,
-        sys: str = "/sys",
-        dev: str = "/dev",
-    ) -> None:
-        self._uevents = uevents
-        self._load = load
-        self._patience_s = patience_s
-        self._sys = sys
-        self._dev = dev
 
     async def find(self, path: str) -> PciDevice:
         """The PCI device with this path. Raises InvalidRequest, NotFound when it does not come."""
         if not _is_path(path):
             raise InvalidRequest(f"{path!r} is no path of a PCI device")
-        await self._until(lambda: self._there(path) is not None, f"PCI device {path}")
+        await self.until(lambda: self._there(path) is not None, f"PCI device {path}")
         found = self._there(path)
         assert found is not None
         return found
@@ -81,7 +65,7 @@ class Finder:
         for name in names:
             if not _is_hex(name, ".", 2, 4):
                 raise InvalidRequest(f"{name!r} is no crypto queue: ADAPTER.DOMAIN, as 05.0004")
-            await self._until(
+            await self.until(
                 partial(os.path.exists, f"{self._sys}/bus/ap/devices/{name}"), f"crypto queue {name}"
             )
         return os.stat(self._dev + _QUEUES_FILE.removeprefix("/dev"))
@@ -104,22 +88,12 @@ class Finder:
             _write(f"{self._sys}/bus/pci/drivers_probe", device.address)
             if _link(driver) != "vfio-pci":
                 raise InvalidRequest(f"PCI device {device.address} of the guest cannot be bound to vfio-pci")
-        await self._until(lambda: os.path.exists(f"{self._dev}/vfio/{group}"), f"{_VFIO_DIR}{group}")
+        await self.until(lambda: os.path.exists(f"{self._dev}/vfio/{group}"), f"{_VFIO_DIR}{group}")
         return group
 
     def stat(self, path: str) -> os.stat_result:
         """Of a device file. Raises OSError."""
         return os.stat(self._dev + path.removeprefix("/dev"))
-
-    async def _until(self, condition: Callable[[], bool], what: str) -> None:
-        try:
-            async with asyncio.timeout(self._patience_s):
-                await self._uevents.until(condition)
-        except TimeoutError:
-            raise NotFound(
-                f"the guest did not see {what} within {self._patience_s:g} s; "
-                "agent.hotplug_timeout in kernel_params gives it more"
-            ) from None
 
     def _there(self, path: str) -> PciDevice | None:
         """The device if it is there by now: from one bus to the next, by the number that the guest gave it."""
@@ -127,13 +101,13 @@ class Finder:
         number = "00"
         if len(slots) > 2 and int(slots[0][:2], 16) >= _FIRST_EXPANDER:
             number = slots.pop(0)
-        directory, bus = self._root(f"pci0000:{number}"), f"0000:{number}"
+        directory, bus = self.root_bus(f"pci0000:{number}"), f"0000:{number}"
         if directory is None:
             return None
         found: PciDevice | None = None
         for slot in slots:
             if found is not None:
-                buses = _names(f"{found.directory}/pci_bus")
+                buses = names_in(f"{found.directory}/pci_bus")
                 if not buses:
                     return None
                 directory, bus = found.directory, buses[0]
@@ -142,12 +116,6 @@ class Finder:
             if not os.path.isdir(found.directory):
                 return None
         return found
-
-    def _root(self, name: str) -> str | None:
-        """A root bus's directory: of the devices of ACPI, or of a board that a device tree describes."""
-        devices = f"{self._sys}/devices"
-        boards = (f"{devices}/platform/{board}/{name}" for board in _names(f"{devices}/platform"))
-        return next((path for path in (f"{devices}/{name}", *boards) if os.path.isdir(path)), None)
 
 
 async def hand_out(request: agent_pb2.CreateContainerRequest, finder: Finder) -> None:
@@ -266,10 +234,3 @@ def _link(path: str) -> str:
         return os.readlink(path).rpartition("/")[2]
     except OSError:
         return ""
-
-
-def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
