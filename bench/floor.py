@@ -30,8 +30,8 @@ from hypervisor.virtiofsd import shared_dir
 from hypervisor.vsock.base import FIRST_GUEST_CID
 from hypervisor.vsock.user import UserVsock
 from hypervisor.vsock.vhost import VhostVsock, open_device
-from shim.boot import plan
 from shim.network import NIC_PORTS
+from shim.plan import plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

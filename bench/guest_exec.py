@@ -26,7 +26,7 @@ from bench.rows import Row
 from config import load
 from guest_image.cpio import Tree
 from hypervisor.qemu.machine import booted
-from shim.boot import plan
+from shim.plan import plan
 from ttrpc import Client
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from config import load
 from guest_image import ImageError, Manifest
 from hypervisor.qemu.machine import booted
 from hypervisor.verity import Verity
-from shim.boot import plan
+from shim.plan import plan
 from ttrpc import Client
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from hypervisor.host import Host
 from hypervisor.qemu.capabilities import capabilities, lacks
 from hypervisor.qemu.cmdline import Fds, build_cmdline
 from hypervisor.vfio import devices_named, has_iommufd
-from shim.boot import plan
+from shim.plan import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

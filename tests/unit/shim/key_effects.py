@@ -27,7 +27,7 @@ from hypervisor.qemu.disk import DiskAddress
 from hypervisor.qemu.nic import NicFds
 from netlink.objects import IFF_UP, Link
 from shim import agent as agent_of_shim
-from shim import agent_log, boot, creation, crossing, mounts, network, passthrough, paths, sandbox
+from shim import agent_log, boot, creation, crossing, mounts, network, passthrough, paths, plan, sandbox
 from shim.agent import connected
 from shim.errors import ShimError
 from shim.interfaces import Interface, Snapshot
@@ -217,12 +217,12 @@ async def done_by(
     seen: list[str] = []
     with monkeypatch.context() as patch, capture_logs() as logs:
         patch.setattr(paths, "RUN_ROOT", str(folder / "run"))
-        patch.setattr(boot, "Host", lambda: _able_host(folder / "host", snp="sev_snp_guest" in text))
+        patch.setattr(plan, "Host", lambda: _able_host(folder / "host", snp="sev_snp_guest" in text))
         patch.setattr(passthrough, "Host", lambda: _host_with_a_device(folder / "sysfs"))
         patch.setenv("KATA_CONF_FILE", str(folder / "configuration.toml"))
-        patch.setattr(boot, "choose_accel", lambda wanted, **_: Choice("tcg" if wanted == "tcg" else "kvm"))
+        patch.setattr(plan, "choose_accel", lambda wanted, **_: Choice("tcg" if wanted == "tcg" else "kvm"))
         patch.setattr(
-            boot, "choose_vsock", lambda wanted, **_: Choice("vhost" if wanted == "vhost" else "user")
+            plan, "choose_vsock", lambda wanted, **_: Choice("vhost" if wanted == "vhost" else "user")
         )
         patch.setattr(network, "new_netns", lambda: os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
         patch.setattr(network, "entered", lambda netns: nullcontext())

@@ -18,8 +18,9 @@ from config.schema import Qemu
 from config.show import decode
 from hypervisor import host as hosts
 from shim import paths
-from shim.boot import Boot, plan
+from shim.boot import Boot
 from shim.errors import GuestUnreachable
+from shim.plan import plan
 from shim.pod import Pod
 
 if TYPE_CHECKING:

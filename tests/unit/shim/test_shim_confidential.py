@@ -15,8 +15,8 @@ from config import Config
 from config.schema import Qemu
 from hypervisor.errors import HostUnsupported
 from hypervisor.protection import SecureExecution, Snp, Tdx
-from shim.boot import plan
 from shim.confidential import write_initdata
+from shim.plan import plan
 from tests.unit.hypervisor.test_confidential import QUOTES, SE, SNP, TDX, cpuid, host
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from config import Config, Qemu
 from hypervisor.errors import HostUnsupported
 from hypervisor.host import Host
-from shim.boot import plan
+from shim.plan import plan
 
 if TYPE_CHECKING:
     from pathlib import Path
