@@ -15,9 +15,12 @@ from oci_engine.cgroups.base import remove_cgroup, signal_each
 from oci_engine.cgroups.find import known_cgroup
 from oci_engine.errors import HookFailed, NotFound, SetupFailed, StateConflict
 from oci_engine.state import CREATED, CREATING, PAUSED, RUNNING, STOPPED, Status, Store, has_fifo, is_alive
+from oci_engine.waiting import wait_for_child
 
 if TYPE_CHECKING:
+    from oci_engine.making import Known
     from oci_engine.options import CreateOptions, ExecOptions
+    from oci_engine.waiting import Wait
 
 #: How long a killed process may take to be gone. One that waits for a dead network file system takes forever.
 _KILL_TIMEOUT_S = 10.0
@@ -26,8 +29,11 @@ _KILL_TIMEOUT_S = 10.0
 class Engine:
     """The containers whose state is below one folder."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, wait: Wait = wait_for_child) -> None:
+        """`wait` is for a caller that collects its children itself; those of containers are its own in any case."""
         self._store = Store(root)
+        self._wait = wait
+        self._made: dict[str, Known] = {}  # by this object; others are read from their records
 
     # Making
 
@@ -39,12 +45,14 @@ class Engine:
         # Only here and in `exec`: what most calls of a command line do not need is not loaded for them.
         from oci_engine.making import create
 
-        return create(self._store, container_id, bundle, options)
+        known = create(self._store, container_id, bundle, options, self._wait)
+        self._made[container_id] = known
+        return known.status.pid
 
     def start(self, container_id: str) -> None:
         """Returns when the program has been executed, or could not be. Raises StateConflict, HookFailed."""
         with self._store.locked(container_id):
-            status = self._store.load(container_id)
+            status = self._status(container_id)
             state = self.state_of(status)
             if state != CREATED:
                 raise StateConflict(f"cannot start a container in the {state} state")
@@ -67,7 +75,7 @@ class Engine:
                 os.close(fd)
             try:
                 for hook in hooks.of(status, "poststart"):
-                    hooks.run(hook, hooks.state_text(status, RUNNING), "poststart")
+                    hooks.run(hook, hooks.state_text(status, RUNNING), "poststart", self._wait)
             except HookFailed:
                 self._end(status)
                 raise
@@ -77,14 +85,20 @@ class Engine:
 
         Raises StateConflict, SpecError, SetupFailed, CannotExecute.
         """
-        from oci_engine.making import exec_process
+        from oci_engine.making import exec_process, known_by
 
         with self._store.locked(container_id):
-            status = self._store.load(container_id)
+            status = self._status(container_id)
             state = self.state_of(status)
             if state not in (CREATED, RUNNING):
                 raise StateConflict(f"cannot exec in a {state} container")
-            return exec_process(status, document, options)
+            known = self._made.get(container_id) or known_by(status)
+            return exec_process(known, document, options, self._wait)
+
+    def _status(self, container_id: str) -> Status:
+        """The caller holds the container's lock: it is there."""
+        known = self._made.get(container_id)
+        return known.status if known is not None else self._store.load(container_id)
 
     # Looking
 
@@ -160,7 +174,7 @@ class Engine:
     def update(self, container_id: str, resources: dict[str, object]) -> None:
         """Other limits; what is not in `resources` stays. Raises SpecError, SetupFailed, StateConflict."""
         with self._store.locked(container_id):
-            status = self._store.load(container_id)
+            status = self._status(container_id)
             if self.state_of(status) == STOPPED:
                 raise StateConflict("cannot update a container in the stopped state")
             from oci_engine.reader import Reader
@@ -179,6 +193,11 @@ class Engine:
                 raise
             return []
 
+    def forget(self, container_id: str) -> None:
+        """Of one whose processes and control group the caller has removed. No error if there is nothing."""
+        self._made.pop(container_id, None)
+        self._store.remove(container_id)
+
     def _delete_locked(self, container_id: str, *, force: bool) -> list[str]:
         try:
             status = self._store.load(container_id)
@@ -192,11 +211,11 @@ class Engine:
         complaints = []
         for hook in hooks.of(status, "poststop"):
             try:
-                hooks.run(hook, hooks.state_text(replace(status, pid=0), STOPPED), "poststop")
+                hooks.run(hook, hooks.state_text(replace(status, pid=0), STOPPED), "poststop", self._wait)
             except HookFailed as err:
                 complaints.append(str(err))
         remove_cgroup(known_cgroup(status.cgroup_paths))
-        self._store.remove(container_id)
+        self.forget(container_id)
         return complaints
 
     def _end(self, status: Status) -> None:

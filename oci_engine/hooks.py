@@ -9,10 +9,12 @@ import signal
 from typing import TYPE_CHECKING
 
 from oci_engine.errors import HookFailed
+from oci_engine.waiting import wait_for_child
 
 if TYPE_CHECKING:
     from oci_engine.spec import Hook
     from oci_engine.state import Status
+    from oci_engine.waiting import Wait
 
 #: Characters of a hook's output that its failure tells.
 _OUTPUT = 1000
@@ -45,7 +47,7 @@ def seen_from_inside(state: str, status: str) -> str:
     return json.dumps({**json.loads(state), "status": status, "pid": os.getpid()})
 
 
-def run(hook: Hook, state: str, kind: str) -> None:
+def run(hook: Hook, state: str, kind: str, wait: Wait = wait_for_child) -> None:
     """Raises HookFailed when it cannot be run, ends with another status than 0, or takes too long."""
     given, said = os.memfd_create("state"), os.memfd_create("output")
     try:
@@ -66,27 +68,33 @@ def run(hook: Hook, state: str, kind: str) -> None:
             )  # fmt: skip
         except OSError as err:
             raise HookFailed(f"{kind} hook {hook.path}: {err.strerror}") from None
-        status = _wait(pid, hook, kind)
+        status = _wait(pid, hook, kind, wait)
         if status != 0:
             output = os.pread(said, _OUTPUT, 0).decode(errors="replace").strip()
-            ended = f"ended with status {status}" if status > 0 else f"was killed by signal {-status}"
-            raise HookFailed(f"{kind} hook {hook.path} {ended}{': ' + output if output else ''}")
+            raise HookFailed(
+                f"{kind} hook {hook.path} ended with status {status}{': ' + output if output else ''}"
+            )
     finally:
         os.close(given)
         os.close(said)
 
 
-def _wait(pid: int, hook: Hook, kind: str) -> int:
-    if hook.timeout_s is not None:
+def _wait(pid: int, hook: Hook, kind: str, wait: Wait) -> int:
+    if hook.timeout_s is not None and not _ends_within(pid, hook.timeout_s):
+        os.kill(pid, signal.SIGKILL)
+        wait(pid)
+        raise HookFailed(f"{kind} hook {hook.path} took longer than its {hook.timeout_s} s and was killed")
+    return wait(pid)
+
+
+def _ends_within(pid: int, timeout_s: int) -> bool:
+    try:
         pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:  # and its status is collected already
+        return True
+    try:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        in_time = poll.poll(hook.timeout_s * 1000)
+        return bool(poll.poll(timeout_s * 1000))
+    finally:
         os.close(pidfd)
-        if not in_time:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise HookFailed(
-                f"{kind} hook {hook.path} took longer than its {hook.timeout_s} s and was killed"
-            )
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -90,6 +90,10 @@ class _Int(_ctypes._SimpleCData):  # type: ignore[type-arg]
     _type_ = "i"
 
 
+class _Unsigned(_ctypes._SimpleCData):  # type: ignore[type-arg]
+    _type_ = "I"
+
+
 class _Word(_ctypes._SimpleCData):  # type: ignore[type-arg]
     """An argument as wide as a register: a number, the address of bytes or of an array, or None."""
 
@@ -116,6 +120,11 @@ class _ReturnsInt(_ctypes.CFuncPtr):
     _restype_ = _Int
 
 
+class _ReturnsUnsigned(_ctypes.CFuncPtr):
+    _flags_ = _FUNCFLAG_CDECL | _FUNCFLAG_USE_ERRNO
+    _restype_ = _Unsigned
+
+
 class _HoldsTheGil(_ctypes.CFuncPtr):
     """For the one call that returns twice: the child must not have to take the interpreter's lock again."""
 
@@ -123,10 +132,27 @@ class _HoldsTheGil(_ctypes.CFuncPtr):
     _restype_ = _Long
 
 
-def _function(kind: Any, name: str, arguments: int) -> Any:
-    function = kind((name, _Libc))
+def _function(kind: Any, name: str, arguments: int, library: object = _Libc) -> Any:
+    function = kind((name, library))
     function.argtypes = (_Word,) * arguments
     return function
+
+
+class Library:
+    """Functions of a shared library, with arguments as wide as a register. Raises OSError when it is not there."""
+
+    def __init__(self, name: str) -> None:
+        self._handle = _ctypes.dlopen(name, os.RTLD_NOW)
+
+    def returns_int(self, name: str, arguments: int) -> Any:
+        return _function(_ReturnsInt, name, arguments, self)
+
+    def returns_unsigned(self, name: str, arguments: int) -> Any:
+        return _function(_ReturnsUnsigned, name, arguments, self)
+
+    def returns_address(self, name: str, arguments: int) -> Any:
+        """0 for none."""
+        return _function(_ReturnsLong, name, arguments, self)
 
 
 _syscall = _function(_ReturnsLong, "syscall", 7)

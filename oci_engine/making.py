@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from oci_engine import hooks
@@ -18,6 +18,7 @@ from oci_engine.mounts import clone_tree
 from oci_engine.plan import Plan
 from oci_engine.planner import CLONE_FLAGS, FILES, plan_namespaces, plan_process, plan_root
 from oci_engine.reader import Reader
+from oci_engine.seccomp import compile_filter
 from oci_engine.spawn import spawn
 from oci_engine.spec import read_process, read_spec
 from oci_engine.state import CREATING, Status, Store, is_alive, start_time
@@ -28,10 +29,33 @@ if TYPE_CHECKING:
     from oci_engine.plan import RootPlan
     from oci_engine.spawn import Spawned
     from oci_engine.spec import Process, Spec
+    from oci_engine.waiting import Wait
 
 
-def create(store: Store, container_id: str, bundle: str, options: CreateOptions) -> int:
-    """Returns the pid of the container's process, a child of the caller, which waits for `start`.
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A container as its maker knows it. Reading its specification again for each exec would take longer than the exec.
+
+    `seccomp` is the filter as a program.
+    """
+
+    status: Status
+    spec: Spec
+    seccomp: bytes | None
+
+
+def known_by(status: Status) -> Known:
+    """Out of a container's record. Raises SpecError, SetupFailed for a filter that cannot be made."""
+    spec = read_spec(status.spec)
+    return Known(status=status, spec=spec, seccomp=_filter(spec))
+
+
+def _filter(spec: Spec) -> bytes | None:
+    return compile_filter(spec.linux.seccomp) if spec.linux.seccomp else None
+
+
+def create(store: Store, container_id: str, bundle: str, options: CreateOptions, wait: Wait) -> Known:
+    """Its process is a child of the caller, and waits for `start`.
 
     Raises SpecError, AlreadyExists, SetupFailed, HookFailed; then nothing is left.
     """
@@ -62,21 +86,23 @@ def create(store: Store, container_id: str, bundle: str, options: CreateOptions)
                 no_new_keyring=options.no_new_keyring,
                 spec=document,
             )
-            pid = _make_process(store, status, spec, process, cgroup, options, undo)
-            _write_pid_file(options.pid_file, pid)
+            known = Known(status=status, spec=spec, seccomp=_filter(spec))
+            status = _make_process(store, known, process, cgroup, options, wait, undo)
+            _write_pid_file(options.pid_file, status.pid)
         undo.pop_all()
-    return pid
+    return replace(known, status=status)
 
 
 def _make_process(
     store: Store,
-    status: Status,
-    spec: Spec,
+    known: Known,
     process: Process,
     cgroup: Cgroup,
     options: CreateOptions,
+    wait: Wait,
     undo: ExitStack,
-) -> int:
+) -> Status:
+    status, spec = known.status, known.spec
     fifo = store.fifo(status.id)
     with ExitStack() as files:
         os.mkfifo(f"{fifo}.new", 0o600)
@@ -84,7 +110,7 @@ def _make_process(
         start_fifo = os.open(f"{fifo}.new", os.O_RDWR | os.O_CLOEXEC)
         files.callback(os.close, start_fifo)
         joined = _open_namespaces(spec, files)
-        console = _connect(options.streams.console_socket, files)
+        console = _console(options.streams, files)
         root = plan_root(
             spec,
             rootfs=status.rootfs,
@@ -94,7 +120,7 @@ def _make_process(
         )
         root = _with_trees(root, files)
         keyring = "" if options.no_new_keyring else f"_ses.{status.id}"
-        process_plan = plan_process(process, spec, keyring=keyring)
+        process_plan = plan_process(process, spec, seccomp=known.seccomp, keyring=keyring)
         early = [*spec.hooks["prestart"], *spec.hooks["createRuntime"]]
         state = hooks.state_text(status, CREATING)
 
@@ -117,6 +143,7 @@ def _make_process(
         spawned = spawn(
             plan,
             placed=cgroup.add,
+            wait=wait,
             uid_mappings=spec.linux.uid_mappings,
             gid_mappings=spec.linux.gid_mappings,
             oom_score_adj=process.oom_score_adj,
@@ -126,35 +153,37 @@ def _make_process(
         undo.callback(spawned.kill)
         status = replace(status, pid=spawned.pid, process_start_time=start_time(spawned.pid))
         store.save(status)
-        _set_up(spawned, status, spec, early_hooks=bool(early))
+        _set_up(spawned, status, spec, wait, early_hooks=bool(early))
     os.rename(f"{fifo}.new", fifo)
-    return spawned.pid
+    return status
 
 
-def _set_up(spawned: Spawned, status: Status, spec: Spec, *, early_hooks: bool) -> None:
+def _set_up(spawned: Spawned, status: Status, spec: Spec, wait: Wait, *, early_hooks: bool) -> None:
     spawned.go_on()
     if early_hooks:
         spawned.wait_for("mounted")
         state = hooks.state_text(status, CREATING)
         for kind in ("prestart", "createRuntime"):
             for hook in spec.hooks[kind]:
-                hooks.run(hook, state, kind)
+                hooks.run(hook, state, kind, wait)
         spawned.go_on()
     spawned.wait_for("ready")
 
 
-def exec_process(status: Status, document: dict[str, object], options: ExecOptions) -> tuple[int, int]:
+def exec_process(
+    known: Known, document: dict[str, object], options: ExecOptions, wait: Wait
+) -> tuple[int, int]:
     """One more process, by its JSON object. Returns its pid, a child of the caller, and its start time.
 
     Raises StateConflict, SpecError, SetupFailed, CannotExecute.
     """
+    status, spec = known.status, known.spec
     with ExitStack() as files:
-        spec = read_spec(status.spec)
         process = _exec_process(document, spec, options.streams)
         joined = _open_process_namespaces(status, files)
-        console = _connect(options.streams.console_socket, files)
+        console = _console(options.streams, files)
         keyring = "" if status.no_new_keyring else f"_ses.{status.id}"
-        process_plan = plan_process(process, spec, keyring=keyring)
+        process_plan = plan_process(process, spec, seccomp=known.seccomp, keyring=keyring)
         cgroup = known_cgroup(status.cgroup_paths)
 
         def plan(channel: int) -> Plan:
@@ -170,7 +199,7 @@ def exec_process(status: Status, document: dict[str, object], options: ExecOptio
                 preserved=_preserved(options.streams),
             )
 
-        spawned = spawn(plan, placed=cgroup.add, oom_score_adj=process.oom_score_adj)
+        spawned = spawn(plan, placed=cgroup.add, wait=wait, oom_score_adj=process.oom_score_adj)
         files.callback(spawned.close)
         began = start_time(spawned.pid)
         try:
@@ -204,11 +233,12 @@ def _checked_process(spec: Spec, streams: Streams) -> Process:
 
 
 def _check_terminal(process: Process, streams: Streams) -> None:
-    if process.terminal and not streams.console_socket:
+    has_console = bool(streams.console_socket) or streams.console >= 0
+    if process.terminal and not has_console:
         raise SpecError(
             "process.terminal", "a terminal needs a console socket to send it to (--console-socket)"
         )
-    if streams.console_socket and not process.terminal:
+    if has_console and not process.terminal:
         raise SpecError("process.terminal", "there is a console socket, but the process wants no terminal")
 
 
@@ -295,9 +325,10 @@ def _with_trees(root: RootPlan, files: ExitStack) -> RootPlan:
     return replace(root, mounts=tuple(steps))
 
 
-def _connect(path: str, files: ExitStack) -> int:
+def _console(streams: Streams, files: ExitStack) -> int:
+    path = streams.console_socket
     if not path:
-        return -1
+        return streams.console
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     files.callback(connection.close)
     try:

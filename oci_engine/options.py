@@ -9,12 +9,13 @@ from dataclasses import dataclass
 class Streams:
     """`stdio` are the open files that become 0, 1 and 2; `preserve_fds` how many after 2 stay open too.
 
-    `console_socket` is a path; the terminal's master end is sent there.
+    A terminal's master end is sent to `console_socket`, a path, or over `console`, an open socket.
     """
 
     stdio: tuple[int, int, int] = (0, 1, 2)
     preserve_fds: int = 0
     console_socket: str = ""
+    console: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)

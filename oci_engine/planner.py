@@ -10,7 +10,6 @@ from oci_engine.devices import with_defaults
 from oci_engine.errors import SpecError, Unsupported
 from oci_engine.mount_options import UNSUPPORTED, parse_options
 from oci_engine.plan import MountStep, NamespacePlan, ProcessPlan, RootPlan
-from oci_engine.seccomp import compile_filter
 
 if TYPE_CHECKING:
     from oci_engine.plan import CgroupMount
@@ -28,9 +27,9 @@ FILES = {
 }  # fmt: skip
 
 
-def plan_process(process: Process, spec: Spec, *, keyring: str) -> ProcessPlan:
-    """Of a container's first process, or of one more. Raises SetupFailed for a filter that cannot be made."""
-    user, seccomp = process.user, spec.linux.seccomp
+def plan_process(process: Process, spec: Spec, *, seccomp: bytes | None, keyring: str) -> ProcessPlan:
+    """Of a container's first process, or of one more. `seccomp` is the filter of the specification, as a program."""
+    user = process.user
     # Without a word about capabilities there are none, which is the safe reading.
     sets = process.capabilities or dict.fromkeys(capabilities.SETS, 0)
     return ProcessPlan(
@@ -49,8 +48,8 @@ def plan_process(process: Process, spec: Spec, *, keyring: str) -> ProcessPlan:
         ambient=sets["ambient"],
         last_capability=capabilities.last_of_kernel(),
         no_new_privileges=process.no_new_privileges,
-        seccomp=compile_filter(seccomp) if seccomp else None,
-        seccomp_flags=seccomp.flags if seccomp else 0,
+        seccomp=seccomp,
+        seccomp_flags=spec.linux.seccomp.flags if spec.linux.seccomp else 0,
         apparmor_profile=process.apparmor_profile,
         selinux_label=process.selinux_label,
         personality=spec.linux.personality,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,9 @@ from oci_engine.reader import INT64_MAX, UINT32_MAX, UINT64_MAX
 if TYPE_CHECKING:
     from oci_engine.reader import Reader
 
-_FILE_NAME = re.compile(r"[a-z0-9_]+(\.[A-Za-z0-9_]+)+")
+_LOWER = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
+_LETTERS = _LOWER | frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+_LIST = frozenset("0123456789,- ")
 #: Of cgroup v2, what decides over processes and is the engine's.
 _NOT_UNIFIED = ("cgroup.",)
 
@@ -136,7 +137,7 @@ def _read_rule(reader: Reader) -> DeviceRule:
 
 def _read_list(reader: Reader, name: str) -> str:
     value = reader.text(name, "")
-    if value and not re.fullmatch(r"[0-9,\- ]+", value):
+    if not _LIST.issuperset(value):
         raise SpecError(reader.at(name), f"want numbers and ranges as in 0-3,7, got {value!r}")
     return value
 
@@ -152,7 +153,8 @@ def _read_throttle(reader: Reader, file: str) -> Throttle:
 
 def _read_hugepages(reader: Reader) -> tuple[str, int]:
     size = reader.text("pageSize")
-    if not re.fullmatch(r"[1-9][0-9]*[KMG]B", size):
+    number, unit = size[:-2], size[-2:]
+    if not (number.isascii() and number.isdigit() and number[0] != "0" and unit in ("KB", "MB", "GB")):
         raise SpecError(reader.at("pageSize"), f"want a size as in 2MB, got {size!r}")
     return size, reader.integer("limit", 0, UINT64_MAX)
 
@@ -160,6 +162,15 @@ def _read_hugepages(reader: Reader) -> tuple[str, int]:
 def _read_unified(reader: Reader) -> tuple[tuple[str, str], ...]:
     entries = reader.text_map("unified")
     for name in entries:
-        if not _FILE_NAME.fullmatch(name) or name.startswith(_NOT_UNIFIED):
+        if not _is_file_name(name) or name.startswith(_NOT_UNIFIED):
             raise SpecError(f"{reader.at('unified')}[{name!r}]", "is no controller's file")
     return tuple(entries.items())
+
+
+def _is_file_name(name: str) -> bool:
+    """The controller, a point, and more words with points between them."""
+    controller, *words = name.split(".")
+    return bool(
+        controller and words and _LOWER.issuperset(controller)
+        and all(word and _LETTERS.issuperset(word) for word in words)
+    )  # fmt: skip

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from oci_engine import linux
 from oci_engine.errors import SetupFailed, SpecError, Unsupported
 from oci_engine.reader import UINT64_MAX
 
@@ -153,70 +155,54 @@ class _Library:
     """libseccomp, as far as it is needed here."""
 
     def __init__(self) -> None:
-        # Only containers with a filter pay for ctypes; its types are worth their time here.
-        import ctypes
-
         try:
-            self._library = library = ctypes.CDLL("libseccomp.so.2", use_errno=True)
+            library = linux.Library("libseccomp.so.2")
         except OSError as err:
             raise SetupFailed(f"linux.seccomp: {err}; install libseccomp2") from None
-        self._ctypes = ctypes
-        library.seccomp_init.restype = ctypes.c_void_p
-        library.seccomp_init.argtypes = [ctypes.c_uint32]
-        library.seccomp_release.argtypes = [ctypes.c_void_p]
-        library.seccomp_release.restype = None
-        library.seccomp_arch_resolve_name.argtypes = [ctypes.c_char_p]
-        library.seccomp_arch_resolve_name.restype = ctypes.c_uint32
-        library.seccomp_arch_add.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
-        library.seccomp_attr_set.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32]
-        library.seccomp_syscall_resolve_name.argtypes = [ctypes.c_char_p]
-        library.seccomp_export_bpf.argtypes = [ctypes.c_void_p, ctypes.c_int]
-        library.seccomp_rule_add_array.argtypes = [
-            ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p,
-        ]  # fmt: skip
-
-        class Comparison(ctypes.Structure):
-            _fields_ = (
-                ("index", ctypes.c_uint), ("operator", ctypes.c_int),
-                ("value", ctypes.c_uint64), ("value_two", ctypes.c_uint64),
-            )  # fmt: skip
-
-        self._comparison = Comparison
+        self._init = library.returns_address("seccomp_init", 1)
+        self._release = library.returns_int("seccomp_release", 1)
+        self._resolve_architecture = library.returns_unsigned("seccomp_arch_resolve_name", 1)
+        self._add_architecture = library.returns_int("seccomp_arch_add", 2)
+        self._set_attribute = library.returns_int("seccomp_attr_set", 3)
+        self._resolve_name = library.returns_int("seccomp_syscall_resolve_name", 1)
+        self._add_rules = library.returns_int("seccomp_rule_add_array", 5)
+        self._export = library.returns_int("seccomp_export_bpf", 2)
 
     def new(self, default_action: int) -> Any:
-        context = self._library.seccomp_init(default_action)
+        context = self._init(default_action)
         if not context:
             raise SetupFailed(f"linux.seccomp: libseccomp refuses the default action {default_action:#x}")
         # The engine itself decides on no_new_privs. A binary tree costs the container less at every call.
-        self._library.seccomp_attr_set(context, _ATTRIBUTE_NNP, 0)
-        self._library.seccomp_attr_set(context, _ATTRIBUTE_OPTIMIZE, _BINARY_TREE)
+        self._set_attribute(context, _ATTRIBUTE_NNP, 0)
+        self._set_attribute(context, _ATTRIBUTE_OPTIMIZE, _BINARY_TREE)
         return context
 
     def add_architecture(self, context: Any, name: str) -> None:
-        token = self._library.seccomp_arch_resolve_name(name.encode())
+        token = self._resolve_architecture(name.encode() + b"\0")
         if token == 0:
             raise SetupFailed(f"linux.seccomp: this libseccomp does not know the architecture {name}")
-        result = self._library.seccomp_arch_add(context, token)
+        result = self._add_architecture(context, token)
         if result not in (0, -errno.EEXIST):
             raise SetupFailed(f"linux.seccomp: architecture {name}: {os.strerror(-result)}")
 
     def number_of(self, name: str) -> int:
-        return int(self._library.seccomp_syscall_resolve_name(name.encode()))
+        return int(self._resolve_name(name.encode() + b"\0"))
 
     def add_rule(
         self, context: Any, action: int, number: int, arguments: tuple[Argument, ...], name: str
     ) -> None:
-        array = (self._comparison * len(arguments))(
-            *(self._comparison(each.index, each.operator, each.value, each.value_two) for each in arguments)
+        # struct scmp_arg_cmp: argument, operator, two operands.
+        array = b"".join(
+            struct.pack("=IiQQ", each.index, each.operator, each.value, each.value_two) for each in arguments
         )
-        result = self._library.seccomp_rule_add_array(context, action, number, len(arguments), array)
+        result = self._add_rules(context, action, number, len(arguments), array)
         if result != 0:
             raise SetupFailed(f"linux.seccomp: rule for {name}: {os.strerror(-result)}")
 
     def export(self, context: Any) -> bytes:
         fd = os.memfd_create("seccomp")
         try:
-            result = self._library.seccomp_export_bpf(context, fd)
+            result = self._export(context, fd)
             if result != 0:
                 raise SetupFailed(f"linux.seccomp: no program could be made: {os.strerror(-result)}")
             return os.pread(fd, os.fstat(fd).st_size, 0)
@@ -224,4 +210,4 @@ class _Library:
             os.close(fd)
 
     def release(self, context: Any) -> None:
-        self._library.seccomp_release(context)
+        self._release(context)

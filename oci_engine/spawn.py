@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
     from oci_engine.linux_spec import IdMapping
     from oci_engine.plan import Plan
+    from oci_engine.waiting import Wait
 
 
 class Spawned:
     """The new process, which waits until `go_on` at each of its stops."""
 
-    def __init__(self, pid: int, fd: int) -> None:
+    def __init__(self, pid: int, fd: int, wait: Wait) -> None:
         self.pid = pid
         self._channel = fd
+        self._wait = wait
 
     def go_on(self) -> None:
         channel.send(self._channel, event="go")
@@ -47,7 +49,7 @@ class Spawned:
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         with suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+            self._wait(self.pid)
 
     def close(self) -> None:
         """Say no more to it."""
@@ -58,6 +60,7 @@ def spawn(
     make_plan: Callable[[int], Plan],
     *,
     placed: Callable[[int], None],
+    wait: Wait,
     uid_mappings: tuple[IdMapping, ...] = (),
     gid_mappings: tuple[IdMapping, ...] = (),
     oom_score_adj: int | None = None,
@@ -84,8 +87,8 @@ def spawn(
         raise
     finally:
         with suppress(ChildProcessError):
-            os.waitpid(first, 0)
-    return Spawned(pid, ours)
+            wait(first)
+    return Spawned(pid, ours, wait)
 
 
 def _fork(plan: Plan) -> int:

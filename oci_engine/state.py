@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import stat
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
 CREATING, CREATED, RUNNING, PAUSED, STOPPED = "creating", "created", "running", "paused", "stopped"
 FIFO = "exec.fifo"
 _STATUS = "status.json"
-_ID = re.compile(r"[A-Za-z0-9_+.-]{1,1024}")
+_ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_+.-")
+_ID_LENGTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,8 @@ class Store:
 
     def folder(self, container_id: str) -> str:
         """Raises EngineError for an id that cannot name one."""
-        if not _ID.fullmatch(container_id) or container_id in (".", ".."):
+        fits = 0 < len(container_id) <= _ID_LENGTH and _ID_CHARACTERS.issuperset(container_id)
+        if not fits or container_id in (".", ".."):
             raise EngineError(f"invalid container id {container_id!r}: want letters, digits and _ + - .")
         return f"{self.root}/{container_id}"
 
