@@ -31,7 +31,7 @@ PREFIX        ?= /usr/local
 DESTDIR       ?=
 
 # What ends up in the guest, or decides how it is made.
-GUEST_SOURCES := $(shell find guest_agent guest_image agent_proto netlink ttrpc -type f \
+GUEST_SOURCES := $(shell find guest_agent guest_image agent_proto netlink oci_engine ttrpc -type f \
                    -not -name '*.pyc' -not -name '*.md' 2>/dev/null)
 
 .PHONY: help setup venv venv-dev launchers guest root-images image foreign run stop clean check lint types layers fresh \
@@ -140,7 +140,7 @@ unit: venv-dev ## The tests that need no virtual machine.
 
 bench: launchers guest image venv-dev ## Measure starts, phase by phase.
 	@packaging/setup.sh bench
-	$(PYTHON) -m bench $(BENCH_ARGS)
+	XDG_CACHE_HOME=$(abspath $(BUILD)/cache) $(PYTHON) -m bench $(BENCH_ARGS)
 
 protos: venv-dev ## Generate the message classes anew from the .proto files.
 	$(PYTHON) packaging/protos.py

@@ -15,7 +15,7 @@ from guest_agent.process import Process, heeds
 from guest_agent.watch import until
 
 if TYPE_CHECKING:
-    from guest_agent.crun import Crun
+    from guest_agent.engine import Engine
     from guest_agent.oci import Json
     from guest_agent.watch import FileWatch
 
@@ -45,7 +45,7 @@ class Container:
         self,
         container_id: str,
         config: Json,
-        engine: Crun,
+        engine: Engine,
         watch: FileWatch,
         *,
         pipe_size: int,
@@ -155,10 +155,7 @@ class Container:
             raise StateConflict(f"container {self.id} was started before")
         if not self._init.running:
             raise StateConflict(f"container {self.id} has ended before it was started")
-        if self._has_hooks("poststart"):
-            await self._engine.start_with_hooks(self.id)
-        else:
-            self._engine.start(self.id)
+        await self._engine.start(self.id)
         self._started = True
 
     async def exec(self, exec_id: str, process: Json) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agent_proto.gen import oci_pb2
     from guest_agent.oci import Json
 
-#: Devices every container gets, as runc's and crun's default specifications allow them.
+#: Devices every container gets, as other runtimes' default specifications allow them.
 _DEFAULT_DEVICES: tuple[tuple[str, int, int | None], ...] = (
     ("c", 1, 3), ("c", 1, 5), ("c", 1, 7), ("c", 1, 8), ("c", 1, 9), ("c", 5, 0), ("c", 5, 1), ("c", 5, 2),
     ("c", 136, None),

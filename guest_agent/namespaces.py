@@ -38,7 +38,6 @@ def adapt(config: Json, container_id: str, pid_namespace: str, sys: str = "/sys"
     assert isinstance(linux, dict)
     linux["namespaces"] = _namespaces(linux.get("namespaces") or [], pid_namespace)
     linux["cgroupsPath"] = f"{PARENT}/{container_id}"
-    config.setdefault("mounts", [])  # crun wants the key also when there are none
     config.pop("hostname", None)  # the sandbox's, set by PID 1
     resources = linux.setdefault("resources", {})
     devices.adapt(linux, sys)
@@ -66,7 +65,7 @@ def drop_missing_security(process: Json, sys: str = "/sys") -> list[str]:
 
 
 def drop_v1_limits(resources: Json) -> list[str]:
-    """Take out, and name, the limits that exist only in the first version of cgroups; crun refuses them by error."""
+    """Take out, and name, the limits that exist only in the first version of cgroups."""
     dropped = []
     for group, keys in _V1_LIMITS.items():
         limits = resources.get(group) or {}

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
     Json = dict[str, object]
 
-# crun 1.8, in Debian 12, refuses a version above 1.0; later ones take it too, and no key means something else in it.
+# No field of the messages means something else in another 1.x, and a caller's own version says nothing about them.
 OCI_VERSION = "1.0.2"
 
 
 def spec_to_json(spec: oci_pb2.Spec) -> Json:
-    """A whole specification, in the version that every engine takes."""
+    """A whole specification, as the engine takes it."""
     return {**to_json(spec), "ociVersion": OCI_VERSION}

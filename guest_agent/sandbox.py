@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from agent_proto.gen import agent_pb2
-    from guest_agent.crun import Crun
+    from guest_agent.engine import Engine
     from guest_agent.host_sockets import HostSockets
     from guest_agent.log import Log
     from guest_agent.mirror import Mirrors
@@ -49,7 +49,7 @@ class Sandbox:
 
     def __init__(
         self,
-        engine: Crun,
+        engine: Engine,
         modules: Modules,
         watch: FileWatch,
         reaper: Reaper,

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from guest_agent import errors, logstream, rpc
-from guest_agent.crun import Crun
+from guest_agent.engine import Engine
 from guest_agent.modules import ModuleMissing
 from guest_agent.reaper import Reaper
 from guest_agent.sandbox import Sandbox
@@ -66,7 +66,7 @@ class Agent:
     def __init__(self, settings: Settings, modules: Modules, log: Log) -> None:
         self._log = log
         self._reaper = Reaper()
-        engine = Crun(self._reaper)
+        engine = Engine(self._reaper, log)
         self._sandbox = Sandbox(
             engine, modules, FileWatch(), self._reaper, log, pipe_size=settings.container_pipe_size
         )

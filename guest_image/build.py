@@ -54,6 +54,8 @@ BIG_ENDIAN_MODULES = ("9pnet_virtio", "9p")
 #: The same, of kernels that have them: before Linux 6.13 there is no virtio-mem on s390x.
 #: On s390x the second drives crypto adapters of the host.
 SOME_KERNELS_MODULES = ("virtio_mem", "zcrypt_cex4")
+#: The engine makes system call filters with it.
+SECCOMP_LIBRARY = "libseccomp.so.2"
 #: For programs of containers that drive PCI devices of the host themselves.
 VFIO_MODULES = ("vfio_pci", "vfio_iommu_type1")
 
@@ -150,8 +152,8 @@ class _Image:
         contents.program(
             "Python", guest.find(f"usr/bin/{self._python.name}"), f"/usr/bin/{self._python.name}"
         )
-        contents.program("crun", guest.find("usr/bin/crun"), "/usr/bin/crun")
-        entries = modules_of(AGENT_PACKAGES[0], PACKAGES_DIR)
+        contents.library(SECCOMP_LIBRARY)
+        entries = [name for package in AGENT_PACKAGES[:2] for name in modules_of(package, PACKAGES_DIR)]
         site = Path(google.protobuf.__file__).parent.parent.parent
         modules = self._python.collect(entries, [PACKAGES_DIR, site])
         if self._arch != host_arch():
@@ -251,7 +253,9 @@ def _sources(arch: str, suite: str | None, progress: Callable[[str], None]) -> _
         raise ImageError(f"the mirror's suite has no {'kernel' if python else 'Python'} for {arch}")
     stdlib = f"lib{python.removesuffix('-minimal')}-stdlib"
     tool_names = ["lz4", "zstd", python, stdlib]
-    guest_packages = apt.closure([python, stdlib, "crun", *(tool_names if arch == host_arch() else ())])
+    guest_packages = apt.closure(
+        [python, stdlib, "libseccomp2", *(tool_names if arch == host_arch() else ())]
+    )
     kernel_packages = apt.alone([image])
     guest = apt.unpack("root", guest_packages, progress)
     tools = guest

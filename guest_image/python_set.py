@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from guest_image.tools import Root
 
-#: Every module of the first goes into the image, of the others what it imports.
-AGENT_PACKAGES = ("guest_agent", "ttrpc", "agent_proto", "netlink")
+#: Every module of the first two goes into the image, of the others what they import.
+AGENT_PACKAGES = ("guest_agent", "oci_engine", "ttrpc", "agent_proto", "netlink")
 _HERE = Path(__file__).parent
 INSIDE = _HERE / "inside"
 """Modules that exist in the guest only: the importer, and replacements for large modules of others."""

@@ -24,7 +24,9 @@ class _Form:
         return ()
 
 
-Any = Awaitable = Callable = ClassVar = Final = Iterable = Literal = Optional = Self = Type = Union = _Form()
+Any = Awaitable = Callable = ClassVar = Final = Iterable = Literal = NoReturn = Optional = Self = Type = (
+    Union
+) = _Form()
 Generic = Protocol = _Form()
 
 

@@ -560,7 +560,7 @@ async def test_nothing_is_left_behind(guest: Guest, sleeper: str) -> None:
         for name, source in (("cgroup", "/sys/fs/cgroup/kata"), ("run", "/run")):
             spec.Mounts.add(destination=f"/mnt/{name}", type="bind", source=source, options=["rbind", "ro"])
 
-    script = "ls /mnt/run/kata-containers /mnt/run/kata-py/crun; ls -d /mnt/cgroup/*/"
+    script = "ls /mnt/run/kata-containers /mnt/run/kata-py/containers; ls -d /mnt/cgroup/*/"
     container_id = await guest.run("sh", "-c", script, change=show)
     words = (await guest.output(container_id)).decode().split()
     await guest.remove(container_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import pytest_asyncio
 from agent_proto.gen import agent_pb2 as pb
 from agent_proto.gen import health_pb2, oci_pb2
 from agent_proto.gen.kata_py_agent_pb2 import ListProcessesRequest, SignalContainerRequest
-from tests.vm.guest import LOG_VPORT, MARKS, Guest, execute, running_guest, specification
+from tests.vm.guest import LOG_VPORT, MARKS, PATIENCE_S, ROOTFS, Guest, execute, running_guest, specification
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 pytestmark = MARKS
 
 EXECS = 30
+CONTAINERS = 100
+#: Half of what a hundred records of containers would be if they were kept: 40 KiB each.
+GROWTH_KIB = 2048
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -164,7 +168,7 @@ async def state_of(guest: Guest) -> str:
             )
 
     script = (
-        "cd /tmp; ls run/kata-containers run/kata-py run/kata-py/crun; ls -d sys/kata/*/;"
+        "cd /tmp; ls run/kata-containers run/kata-py run/kata-py/containers; ls -d sys/kata/*/;"
         " ls pro/1/fd | while read x; do echo fd; done; while read a b rest; do echo $b; done < pro/1/mounts"
     )
     container_id = await guest.run("sh", "-c", script, change=show)
@@ -206,6 +210,107 @@ async def test_fifty_failed_creates_leave_nothing(guest: Guest, pause: str) -> N
             await guest.agent.create_container(request)
         assert caught.value.code in (Code.INTERNAL, Code.INVALID_ARGUMENT, Code.NOT_FOUND), caught.value
         assert "\n" not in caught.value.message
+    assert await state_of(guest) == before
+
+
+async def agents_figures(guest: Guest) -> dict[str, int]:
+    """Of the first process its threads, memory (KiB) and children, and of the guest the control groups."""
+
+    def show(spec: oci_pb2.Spec) -> None:
+        for name in ("/sys/fs/cgroup", "/proc"):
+            spec.Mounts.add(
+                destination=f"/tmp/{name[1:4]}", type="bind", source=name, options=["rbind", "ro"]
+            )
+
+    script = "cd /tmp; cat pro/1/status sys/cgroup.stat; echo children: $(cat pro/1/task/*/children | wc -w)"
+    code, text = await guest.result("sh", "-c", script, change=show)
+    assert code == 0
+    lines = [line.replace(":", "").split() for line in text.decode().splitlines()]
+    wanted = ("Threads", "VmRSS", "VmSize", "nr_descendants", "children", "FDSize")
+    return {words[0]: int(words[1]) for words in lines if words[0] in wanted}
+
+
+async def test_a_hundred_containers_leave_nothing(guest: Guest, pause: str) -> None:
+    """One after the other, as a node that lives long sees them, with a terminal now and then, and an exec."""
+
+    async def one(number: int) -> None:
+        def change(spec: oci_pb2.Spec) -> None:
+            spec.Process.Terminal = number % 4 == 0
+            spec.Linux.Seccomp.DefaultAction = "SCMP_ACT_ALLOW"
+            spec.Linux.Seccomp.Syscalls.add(Names=["acct"], Action="SCMP_ACT_ERRNO")
+
+        container_id = await guest.run("sh", "-c", "sleep 1000", change=change)
+        if number % 2:
+            await execute(guest, container_id, "e", "sh", "-c", f"exit {number}", terminal=number % 3 == 0)
+            assert await guest.wait(container_id, "e") == number
+        await guest.kill(container_id, signal.SIGKILL)
+        assert await guest.wait(container_id) == 128 + signal.SIGKILL
+        await guest.remove(container_id)
+
+    for number in range(10):
+        await one(number)
+    state, before = await state_of(guest), await agents_figures(guest)
+    for number in range(CONTAINERS):
+        await one(number)
+    after = await agents_figures(guest)
+    assert await state_of(guest) == state
+    grown = {name: after[name] - before[name] for name in before}
+    assert grown.pop("VmRSS") < GROWTH_KIB, grown
+    assert grown.pop("VmSize") < GROWTH_KIB, grown
+    assert grown == {"Threads": 0, "nr_descendants": 0, "children": 0, "FDSize": 0}
+
+
+async def test_hooks_of_the_guest(guest: Guest) -> None:
+    """The agent collects its children itself, those that are hooks too, and knows how they ended."""
+    shell = f"{ROOTFS}/bin/busybox"
+    log = "/run/hooks"
+
+    def with_hooks(spec: oci_pb2.Spec) -> None:
+        for name in ("Prestart", "CreateRuntime", "Poststart", "Poststop"):
+            script = f"{shell} cat > {log}.{name}"
+            getattr(spec.Hooks, name).add(Path=shell, Args=["sh", "-c", script], Timeout=PATIENCE_S)
+
+    container_id = await guest.run("true", change=with_hooks)
+    assert await guest.wait(container_id) == 0
+    await guest.remove(container_id)
+
+    def show(spec: oci_pb2.Spec) -> None:
+        spec.Mounts.add(destination="/tmp/run", type="bind", source="/run", options=["rbind"])
+
+    code, text = await guest.result(
+        "sh", "-c", "cd /tmp/run; for x in hooks.*; do echo $x; cat $x; echo; done", change=show
+    )
+    assert code == 0
+    words = text.decode().splitlines()
+    states = {
+        name.removeprefix("hooks."): json.loads(state)
+        for name, state in zip(words[::2], words[1::2], strict=True)
+    }
+    assert {name: state["status"] for name, state in states.items()} == {
+        "Prestart": "creating", "CreateRuntime": "creating", "Poststart": "running", "Poststop": "stopped",
+    }  # fmt: skip
+    assert {state["id"] for state in states.values()} == {container_id}
+
+
+@pytest.mark.parametrize(
+    ("script", "timeout_s", "problem"),
+    [
+        ("echo no such thing; exit 3", PATIENCE_S, "ended with status 3: no such thing"),
+        ("sleep 1000", 1, "took longer"),
+    ],
+)
+async def test_a_failed_hook_is_a_failed_create(
+    guest: Guest, script: str, timeout_s: int, problem: str
+) -> None:
+    before = await state_of(guest)
+    shell = f"{ROOTFS}/bin/busybox"
+
+    def with_hook(spec: oci_pb2.Spec) -> None:
+        words = ["sh", "-c", script.replace("sleep", f"exec {shell} sleep")]
+        spec.Hooks.CreateRuntime.add(Path=shell, Args=words, Timeout=timeout_s)
+
+    with pytest.raises(RpcError, match=f"createRuntime hook {shell} {problem}"):
+        await guest.create("true", change=with_hook)
     assert await state_of(guest) == before
 
 

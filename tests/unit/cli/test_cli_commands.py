@@ -34,7 +34,7 @@ MANIFEST = Manifest(
     kernel_release="6.1.0-test",
     python_version="3.11.2",
     protobuf_version="6.0",
-    packages={"crun": "1.8"},
+    packages={"libseccomp2": "2.5"},
     kernel_modules=["vsock"],
     python_modules=10,
     parts={"Python": 20_000_000},
@@ -158,7 +158,7 @@ def test_info(kata_py: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     status, output = kata_py("guest", "info", str(tmp_path))
     assert status == 0
     assert "6.1.0-test" in output
-    assert "crun 1.8" in output
+    assert "libseccomp2 2.5" in output
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent_proto.gen import agent_pb2 as pb
 from agent_proto.gen import oci_pb2
-from guest_agent.crun import Started
+from guest_agent.engine import Started
 from guest_agent.errors import EngineFailed, NotFound
 from guest_agent.stdio import Stdio
 
@@ -66,14 +66,11 @@ class FakeEngine:
         self.pids.setdefault(container_id, []).append(pid)
         return Started(pid, self._reaper.watch(pid), stdio)
 
-    def start(self, container_id: str) -> None:
+    async def start(self, container_id: str) -> None:
+        self.calls.append(f"start {container_id}")
         if "start" in self.failing:
             raise NotFound("nothing waits")
         os.write(self._start_fds[container_id], b"\n")
-
-    async def start_with_hooks(self, container_id: str) -> None:
-        await self._called("start_with_hooks", container_id)
-        self.start(container_id)
 
     async def exec(
         self, container_id: str, process: dict[str, Any], *, terminal: bool, pipe_size: int

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from guest_agent import spawn
 from guest_agent.reaper import Reaper, exit_code
 
 
@@ -127,34 +126,3 @@ def test_orphans_become_our_children() -> None:
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3], timeout=15,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "reaped\n", "")
-
-
-# Programs
-
-
-async def test_a_program_gets_three_descriptors_and_none_of_ours(reaper: Reaper) -> None:
-    reading, writing = os.pipe()
-    null = os.open("/dev/null", os.O_RDONLY)
-    script = (
-        f"test -e /proc/self/fd/{reading} || test -e /proc/self/fd/{null} || echo no more; cat; echo err >&2"
-    )
-    code = await spawn.run(reaper, "/bin/sh", ["sh", "-c", script], (null, writing, writing))
-    os.close(writing)
-    os.close(null)
-    with open(reading) as file:
-        assert file.read() == "no more\nerr\n"
-    assert code == 0
-
-
-async def test_signals_that_python_ignores_are_not_ignored_by_programs(reaper: Reaper) -> None:
-    null = os.open("/dev/null", os.O_RDWR)
-    script = "kill -PIPE $$; exit 0"
-    assert (
-        await spawn.run(reaper, "/bin/sh", ["sh", "-c", script], (null, null, null)) == 128 + signal.SIGPIPE
-    )
-    os.close(null)
-
-
-async def test_a_missing_program(reaper: Reaper) -> None:
-    with pytest.raises(FileNotFoundError):
-        await spawn.run(reaper, "/nonexistent", ["x"], (0, 1, 2))

@@ -20,7 +20,7 @@ MODULE = sys.modules["guest_image.build"]
 def manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "agent_version": "1.2.3", "arch": "amd64", "kernel_release": "6.1.0", "python_version": "3.11.2",
-        "protobuf_version": "6.31", "packages": {"crun": "1.8.1"}, "kernel_modules": ["vsock"], "python_modules": 3,
+        "protobuf_version": "6.31", "packages": {"lib": "2.5.4"}, "kernel_modules": ["vsock"], "python_modules": 3,
         "parts": {"Python": 7_000_000, "agent": 300_000}, "files": 10, "files_sha256": "f", "vmlinux_bytes": 4,
         "initrd_bytes": 6, "inputs_sha256": "i",
     }  # fmt: skip
@@ -46,7 +46,7 @@ def test_a_manifest_tells_what_is_in_the_image() -> None:
     for part in (
         "kernel 6.1.0",
         "Python 3.11.2",
-        "crun 1.8.1",
+        "lib 2.5.4",
         "7.00 MB  Python",
         "kernel modules: vsock",
         "dropped x",

@@ -41,7 +41,7 @@ def load(name: str) -> Any:
 @pytest.fixture(scope="module")
 def collected() -> list[dict[str, Any]]:
     """What the builder would put into an image with this interpreter and the agent of this tree."""
-    entries = modules_of("guest_agent", REPOSITORY)
+    entries = [*modules_of("guest_agent", REPOSITORY), *modules_of("oci_engine", REPOSITORY)]
     site = Path(importlib.import_module("google.protobuf").__path__[0]).parents[1]
     done = subprocess.run(
         [sys.executable, "-S", "-P", "-s", str(REPOSITORY / "guest_image" / "collect.py")],
@@ -68,7 +68,7 @@ def test_the_agent_imports_with_the_replacements(collected: list[dict[str, Any]]
 
 @pytest.mark.parametrize(
     "name",
-    ["re", "json", "ctypes", "ast", "dataclasses", "tokenize", "random", "hashlib", "_ssl", "pickle"],
+    ["re", "json.encoder", "ctypes", "ast", "copy", "tokenize", "random", "hashlib", "_ssl", "pickle"],
 )
 def test_what_costs_time_at_start_stays_out(collected: list[dict[str, Any]], name: str) -> None:
     assert name not in {module["name"] for module in collected}
@@ -296,3 +296,35 @@ def test_sockets() -> None:
                 client.send(b"y")
                 assert accepted.recv(10) == b"y"
                 assert accepted.type == socket.SOCK_STREAM
+
+
+def test_json() -> None:
+    inside = load("json")
+    value = {"a": [1, -2.5, "\u00e9\n", None, True, {}], "b": 2**63}
+    assert inside.loads(inside.dumps(value)) == value
+    assert json.loads(inside.dumps(value)) == value
+    assert inside.loads(json.dumps(value, indent=2).encode()) == value
+    for wrong in ("", "  ", "{", "[1,]", "1 2", '{"a" 1}', '"\n"'):
+        with pytest.raises(ValueError, match="char"):
+            inside.loads(wrong)
+    with pytest.raises(TypeError, match="set is no JSON type"):
+        inside.dumps({1, 2})
+
+
+def test_data_classes() -> None:
+    dataclasses = load("dataclasses")
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Point:
+        x: int
+        y: int = 5
+
+    point = Point(x=1)  # type: ignore[call-arg]
+    assert (point.x, point.y) == (1, 5)
+    assert repr(dataclasses.replace(point, y=7)) == "Point(x=1, y=7)"
+    assert point.y == 5
+    for wrong in ({}, {"x": 1, "z": 2}):
+        with pytest.raises(TypeError, match="Point takes x, y"):
+            Point(**wrong)
+    with pytest.raises(AttributeError, match="cannot change 'x'"):
+        point.x = 2
