@@ -1,14 +1,14 @@
-"""An exec of `true` by crun alone, started in a guest; beside it the same through that guest's agent, asked for by the
-host, and through all there is: `ctr`, containerd, a shim, and the agent of another guest.
+"""An exec of `true` by crun, which is brought into a guest; beside it the same through that guest's agent, asked for
+by the host, and through all there is: `ctr`, containerd, a shim, and the agent of another guest.
 
-What lies between the first two is the agent and the way to it: two calls over vsock, the streams, the wait for the
-exit.
+The agent's has more to do, two calls over vsock, the streams and the wait for the exit, and starts no program for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import re
 import shutil
 import time
@@ -24,7 +24,12 @@ from bench.errors import BenchError
 from bench.lab import KATA_PY, LIMIT_S, timed
 from bench.rows import Row
 from config import load
+from guest_image.apt import Apt
+from guest_image.build import cache_dir
+from guest_image.contents import Contents
 from guest_image.cpio import Tree
+from guest_image.errors import ImageError
+from guest_image.tools import host_arch
 from hypervisor.qemu.machine import booted
 from shim.plan import plan
 from ttrpc import Client
@@ -47,7 +52,7 @@ _INTERPRETER = re.compile(rb"#!/usr/bin/python3\.\d+ -IS\n")
 
 def measure(lab: Lab, runs: int, step: Callable[[str], None]) -> list[Row]:
     """All three in turn; the first of each does not count."""
-    spec = _vm_spec(lab.config, lab.folder / "guest-exec")
+    spec = _vm_spec(lab.config, lab.folder / "guest-exec", step)
     step("starting a container")
     with lab.idle_container(KATA_PY) as container:
         argv = partial(lab.exec_argv, container, "true")
@@ -64,8 +69,8 @@ def measure(lab: Lab, runs: int, step: Callable[[str], None]) -> list[Row]:
     ]
 
 
-def _vm_spec(config: Path, folder: Path) -> VmSpec:
-    """The machine that the shim makes with this configuration, with our program in front of the agent."""
+def _vm_spec(config: Path, folder: Path, step: Callable[[str], None]) -> VmSpec:
+    """The machine that the shim makes with this configuration, with crun, and our program in front of the agent."""
     exported = folder / "shared"
     exported.mkdir(parents=True)
     spec = plan(load(config).config, "guest-exec", exported=exported)
@@ -83,10 +88,40 @@ def _vm_spec(config: Path, folder: Path) -> VmSpec:
     tree.file(f"{_ROOTFS}/bin/busybox", Path(busybox).read_bytes(), mode=0o755)
     for name in ("true", "sleep"):
         tree.symlink(f"{_ROOTFS}/bin/{name}", "busybox")
+    _add_crun(tree, step)
     initrd = folder / "initrd.img"
     initrd.write_bytes(archive + tree.to_cpio())
     words = f"{spec.kernel_params} rdinit=/bench/init".strip()
     return dataclasses.replace(spec, run_dir=folder / "run", initrd=initrd, kernel_params=words)
+
+
+def _add_crun(tree: Tree, step: Callable[[str], None]) -> None:
+    """The distribution's crun with its libraries, and the bundle of a container like the one that the agent makes."""
+    step("fetching crun")
+    arch = host_arch()
+    apt = Apt(cache_dir() / f"default-{arch}" / "bench", arch=arch, suite=None)
+    try:
+        apt.refresh(step)
+        root = apt.unpack("crun", apt.closure(["crun"]), step)
+        Contents(tree, root).program("crun", root.find("usr/bin/crun"), "/usr/bin/crun")
+    except ImageError as err:
+        raise BenchError(f"crun for the guest: {err}") from err
+    document = {
+        "ociVersion": "1.0.2",
+        "root": {"path": _ROOTFS},
+        "process": {
+            "args": ["sleep", "1000000"],
+            "cwd": "/",
+            "env": ["PATH=/bin"],
+            "user": {"uid": 0, "gid": 0},
+        },
+        "mounts": [
+            {"destination": f"/{name}", "type": kind, "source": kind}
+            for name, kind in (("proc", "proc"), ("dev", "tmpfs"))
+        ],
+        "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}], "cgroupsPath": "/kata/crun"},
+    }
+    tree.file("/bench/bundle/config.json", json.dumps(document).encode())
 
 
 async def _execs(
@@ -104,7 +139,6 @@ async def _execs(
         agent = AgentClient(client)
         await _start_container(agent)
         crun = undo.enter_context(await machine.vsock.connect(CRUN_PORT))
-        await asyncio.get_running_loop().sock_sendall(crun, f"{_CONTAINER}\n".encode())
         whole, through, alone = [], [], []
         for index in range(count + 1):
             step("warming up" if index == 0 else f"exec {index} of {count}")
