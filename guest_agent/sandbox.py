@@ -77,6 +77,7 @@ class Sandbox:
         self._mirrors: Mirrors | None = None
         self._names: NameServer | None = None
         self._host_sockets: HostSockets | None = None
+        self._memory_watches: dict[str, int] = {}
         self.oom_reports = OomReports()
 
     def container(self, container_id: str) -> Container:
@@ -223,6 +224,10 @@ class Sandbox:
             await container.remove()
             await self._flush(container_id)
         self._containers.pop(container_id, None)
+        # The kernel does not say that a file of a cgroup is gone: without this the container would be kept.
+        handle = self._memory_watches.pop(container_id, None)
+        if handle is not None:
+            self._watch.remove(handle)
         if container is self._sandbox_container:
             self._sandbox_container = None
         self.storages.release(container_id)
@@ -260,7 +265,9 @@ class Sandbox:
 
     def _watch_memory(self, container: Container) -> None:
         try:
-            self._watch.add(f"{container.cgroup.path}/memory.events", partial(self._report_memory, container))
+            self._memory_watches[container.id] = self._watch.add(
+                f"{container.cgroup.path}/memory.events", partial(self._report_memory, container)
+            )
         except OSError as err:
             self._log.warning("memory_events_unavailable", container=container.id, error=str(err))
 
