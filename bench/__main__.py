@@ -24,10 +24,12 @@ from bench import (
     guest_exec,
     libraries,
     memory,
+    network,
     report,
     root_images,
     shim_programs,
     stdout_copy,
+    volumes,
 )
 from bench.errors import BenchError
 from bench.lab import lab
@@ -52,6 +54,8 @@ PARTS: Mapping[str, Measure] = {
     "exec": exec_io.measure,
     "guest": guest_exec.measure,
     "stdout": stdout_copy.measure,
+    "network": network.measure,
+    "volumes": volumes.measure,
     "memory": memory.measure,
     "density": density.measure,
     "images": root_images.measure,

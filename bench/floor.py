@@ -16,7 +16,7 @@ import subprocess
 import time
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from bench.errors import BenchError
 from config import load
@@ -34,12 +34,13 @@ from shim.network import NIC_PORTS
 from shim.plan import plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from hypervisor.process import Process
     from hypervisor.spec import VmSpec
     from hypervisor.vsock.base import Vsock
 
+T = TypeVar("T")
 SOURCE = Path(__file__).with_name("floor_init.c")
 PORT = 1024
 LIMIT_S = 120.0
@@ -93,6 +94,22 @@ async def once(spec: VmSpec) -> Floor:
 
 
 async def _until_answer(spec: VmSpec, undo: AsyncExitStack) -> Floor:
+    machine = await start(spec, undo)
+    answered, guest_s = await _answer(machine)
+    return Floor(answered - machine.started, answered - machine.started - guest_s)
+
+
+class Machine(NamedTuple):
+    """A QEMU of the bench's own; `started` is the monotonic clock's time before its fork."""
+
+    qemu: Process
+    console: Console
+    vsock: Vsock
+    started: float
+
+
+async def start(spec: VmSpec, undo: AsyncExitStack, more: Sequence[str] = ()) -> Machine:
+    """Starts QEMU with what `spec` says and the words `more`; `undo` ends it. Raises HypervisorError."""
     with ExitStack() as handed_over:
         ours, guest_console = socket.socketpair()
         handed_over.enter_context(guest_console)
@@ -114,11 +131,10 @@ async def _until_answer(spec: VmSpec, undo: AsyncExitStack) -> Floor:
             guest_cid=guest_cid,
             shares=tuple(shares),
         )
-        argv = build_cmdline(spec, fds)
+        argv = [*build_cmdline(spec, fds), *more]
         started = time.monotonic()
         qemu = await undo.enter_async_context(spawned(argv, fds=fds.all(), netns=spec.netns))
-    answered, guest_s = await _answer(vsock, qemu, console)
-    return Floor(answered - started, answered - started - guest_s)
+    return Machine(qemu, console, vsock, started)
 
 
 def _vsock(spec: VmSpec, handed_over: ExitStack) -> tuple[Vsock, int | None, int]:
@@ -132,9 +148,14 @@ def _vsock(spec: VmSpec, handed_over: ExitStack) -> tuple[Vsock, int | None, int
     return UserVsock(ours, guest_cid=FIRST_GUEST_CID), None, qemus.fileno()
 
 
-async def _answer(vsock: Vsock, qemu: Process, console: Console) -> tuple[float, float]:
+async def _answer(machine: Machine) -> tuple[float, float]:
     """When the answer came, in monotonic seconds, and how long the guest's program had run by then."""
-    answer = asyncio.create_task(_ask(vsock))
+    return await unless_ended(machine, asyncio.create_task(_ask(machine.vsock)))
+
+
+async def unless_ended(machine: Machine, answer: asyncio.Task[T]) -> T:
+    """What `answer` gives. Raises BenchError when QEMU ends before, and what the task raises."""
+    qemu, console = machine.qemu, machine.console
     try:
         ends: set[asyncio.Future[Any]] = {answer, qemu.exited}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -142,7 +163,7 @@ async def _answer(vsock: Vsock, qemu: Process, console: Console) -> tuple[float,
             return answer.result()
         console.drain()
         last = (qemu.output_tail() or console.tail() or ["nothing on the console"])[-1]
-        raise BenchError(f"the floor's QEMU ended with {qemu.exited.result()}: {last}")
+        raise BenchError(f"the bench's own QEMU ended with {qemu.exited.result()}: {last}")
     finally:
         answer.cancel()
         await asyncio.wait([answer])
@@ -166,12 +187,12 @@ def _floor_archive(initrd: bytes, program: Path) -> bytes:
     subprocess.run([compiler, *_COMPILE, f"-DFLOOR_PORT={PORT}", "-o", program, SOURCE], check=True)
     tree = Tree()
     tree.file("/floor", program.read_bytes(), mode=0o755)
-    tree.file("/floor.modules", b"".join(path.encode() + b"\0" for path in boot_modules(initrd)))
+    tree.file("/floor.modules", b"".join(path.encode() + b"\0" for path in modules(initrd, BOOT)))
     return tree.to_cpio()
 
 
-def boot_modules(initrd: bytes) -> list[str]:
-    """Paths of the modules that the agent loads before it listens, in its order.
+def modules(initrd: bytes, names: Sequence[str]) -> list[str]:
+    """Paths of the modules `names` and of what they need, in the order of loading.
 
     Raises BenchError when the archive cannot be read or its kernel has them built in.
     """
@@ -188,10 +209,10 @@ def boot_modules(initrd: bytes) -> list[str]:
                 add(other)
             order[path] = None
 
-    for name in BOOT:
+    for name in names:
         add(name)
     if not order:
-        raise BenchError("the guest's kernel has its vsock driver built in; the floor expects modules")
+        raise BenchError(f"the guest's kernel has {', '.join(names)} built in; the bench expects modules")
     return list(order)
 
 

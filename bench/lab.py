@@ -67,10 +67,10 @@ class Lab:
         return self.server.ctr_argv("tasks", "exec", *fixed, container, *command, namespace=NAMESPACE)
 
     @contextmanager
-    def idle_container(self, runtime: str) -> Iterator[str]:
+    def idle_container(self, runtime: str, options: Sequence[str] = ()) -> Iterator[str]:
         """A container that sleeps for the length of the block; its id."""
         container = self.new_id()
-        checked(self.run_argv(runtime, container, "sleep", "86400", options=["--detach"]))
+        checked(self.run_argv(runtime, container, "sleep", "86400", options=["--detach", *options]))
         try:
             yield container
         finally:

@@ -68,6 +68,8 @@ def _aim(row: Row) -> str:
         return ""
     if row.aim_least is not None:
         limit = f"≥ {row.aim_least:g} {row.unit}"
+    elif row.aim_least_ratio is not None:
+        limit = f"≥ {row.aim_least_ratio:g}"
     else:
         limit = f"≤ {row.aim_ratio:g}" if row.aim_value is None else f"≤ {row.aim_value:g} {row.unit}"
     return f"[green]met[/] ({limit})" if row.meets_aim else f"[red]missed[/] ({limit})"
@@ -85,5 +87,6 @@ def _as_json(row: Row) -> dict[str, Any]:
         "aim_ratio": row.aim_ratio,
         "aim_value": row.aim_value,
         "aim_least": row.aim_least,
+        "aim_least_ratio": row.aim_least_ratio,
         "values": list(row.values),
     }

@@ -17,7 +17,7 @@ class Row:
 
     `ratio` compares the medians of `values` and of `base`, which were measured in the same run; `to` says what
     the base is. An aim is an upper limit, of the ratio or (for sizes) of the median itself, or (for speeds) a lower one
-    of the median.
+    of either.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Row:
     aim_ratio: float | None = None
     aim_value: float | None = None
     aim_least: float | None = None
+    aim_least_ratio: float | None = None
 
     @property
     def median(self) -> float:
@@ -46,7 +47,11 @@ class Row:
             return self.median >= self.aim_least
         if self.aim_value is not None:
             return self.median <= self.aim_value
-        if self.aim_ratio is not None and self.ratio is not None:
+        if self.ratio is None:
+            return None
+        if self.aim_least_ratio is not None:
+            return self.ratio >= self.aim_least_ratio
+        if self.aim_ratio is not None:
             return self.ratio <= self.aim_ratio
         return None
 

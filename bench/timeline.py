@@ -53,6 +53,14 @@ def phases(run: Run, log: str) -> dict[str, float]:
     return seconds
 
 
+def sandbox_up_s(sandbox: str, log: str) -> float:
+    """Seconds from the daemon's beginning until the sandbox was up. Raises BenchError."""
+    for words in _lines(log):
+        if words.get("sandbox") == sandbox and words.get("msg") == "sandbox_up":
+            return float(words["sandbox_s"])
+    raise BenchError(f"the shim's log does not tell that {sandbox} was up")
+
+
 def _moments(run: Run, log: str) -> Iterator[tuple[str, float]]:
     """Each phase's name and end, in order; containerd's part comes back between ours."""
     helpers = [life for life in run.lives if life.parent == run.containerd_pid]

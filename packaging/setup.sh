@@ -35,6 +35,8 @@ packages() {
     # The smallest possible guest program, which measurements are compared with, is written in C.
     if [ "$bench" = yes ]; then
         echo gcc libc6-dev
+        # What sends bytes through the network of a guest, and what makes a disk of a file.
+        echo iperf3 mount
     fi
 }
 

@@ -46,3 +46,9 @@ def test_aims_are_upper_limits(
 @pytest.mark.parametrize(("aim_least", "expected"), [(10.0, True), (10.1, False)])
 def test_speeds_have_lower_limits(aim_least: float, expected: bool) -> None:
     assert Row(name="a", unit="MB/s", values=[10.0], aim_least=aim_least).meets_aim is expected
+
+
+@pytest.mark.parametrize(("base", "expected"), [([10.0], True), ([10.6], False), ([], None)])
+def test_speeds_have_lower_limits_of_their_ratio(base: list[float], expected: bool | None) -> None:
+    row = Row(name="a", unit="MB/s", values=[10.0], base=base, aim_least_ratio=0.95)
+    assert row.meets_aim is expected

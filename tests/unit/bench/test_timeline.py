@@ -8,7 +8,7 @@ import pytest
 
 from bench.errors import BenchError
 from bench.process_events import Life
-from bench.timeline import REST, Run, phases
+from bench.timeline import REST, Run, phases, sandbox_up_s
 
 CONTAINERD, CTR, START, DAEMON, QEMU, DELETE = 10, 20, 30, 31, 40, 50
 # Added to our monotonic seconds it gives the log's time of day.
@@ -96,3 +96,10 @@ def test_a_process_that_was_not_seen_is_told(missing: int) -> None:
 def test_a_log_line_without_its_number_is_told() -> None:
     with pytest.raises(BenchError, match="'sandbox_up' has no agent_ready_s"):
         phases(run(), LOG.replace("agent_ready_s=2.9 ", ""))
+
+
+def test_how_long_a_sandbox_took_is_its_own() -> None:
+    assert sandbox_up_s("c1", LOG) == 3.2
+    assert sandbox_up_s("other", LOG) == 3.0
+    with pytest.raises(BenchError, match="c2"):
+        sandbox_up_s("c2", LOG)
