@@ -139,6 +139,13 @@ def _bind(root: int, mount: MountStep) -> list[int]:
             target = inroot.make_directories(root, mount.destination)
         else:
             target = inroot.make_file(root, mount.destination)
+            # move_mount(2) would call it an invalid argument.
+            if stat.S_ISDIR(os.fstat(target).st_mode):
+                os.close(target)
+                raise SetupFailed(
+                    f"{mount.place}: {mount.source} is not a directory, and {mount.destination} of the root file "
+                    "system is one; mount it at the path of a file"
+                )
         try:
             if options.attributes:
                 linux.mount_setattr(tree, set_=options.attributes.set, clear=options.attributes.clear)

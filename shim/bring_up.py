@@ -180,13 +180,15 @@ def _shared_dir(config: Config) -> list[agent_pb2.Storage]:
     qemu = config.hypervisor
     if qemu.shared_fs == "none":
         return []
-    driver, fstype, options = "virtio-fs", "virtiofs", ["nodev"]
+    # Not nodev: a node that a container makes is a device, as on a host. Which it may open says its control group.
+    driver, fstype = "virtio-fs", "virtiofs"
+    options: list[str] = []
     if qemu.virtio_fs_cache_size and qemu.virtio_fs_cache != "never":
         options.append("dax")
     if shares_by_9p(config):
         driver = fstype = "9p"
         # With mmap it caches nothing but pages that are mapped: what the host changes is seen.
-        options = ["nodev", "trans=virtio", "version=9p2000.L", "cache=mmap", f"msize={qemu.msize_9p}"]
+        options = ["trans=virtio", "version=9p2000.L", "cache=mmap", f"msize={qemu.msize_9p}"]
     mount_point = f"{GUEST_ROOT}/"
     return [
         agent_pb2.Storage(driver=driver, source=TAG, fstype=fstype, options=options, mount_point=mount_point)

@@ -100,6 +100,20 @@ def test_file_system_that_does_not_exist(containers: Containers) -> None:
         containers.create(document)
 
 
+def test_a_file_is_not_mounted_on_a_directory(containers: Containers, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    def edit(document: Spec) -> None:
+        document["mounts"].append(
+            {"destination": "/etc", "source": str(tmp_path / "file"), "options": ["bind"]}
+        )
+
+    with pytest.raises(
+        SetupFailed, match=r"mounts\[7\].*/file is not a directory, and /etc .* is one; mount it at"
+    ):
+        containers.sh("true", edit)
+
+
 def test_masked_and_readonly_paths(containers: Containers) -> None:
     def edit(document: Spec) -> None:
         document["linux"]["maskedPaths"] += ["/etc/passwd", "/home", "/no/such"]
