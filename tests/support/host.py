@@ -64,7 +64,8 @@ def descendants(pid: int) -> dict[int, str]:
             rest.append(child)
             with suppress(OSError):  # it has ended meanwhile
                 words = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ")
-                if is_running(child):
+                # One without words has given its memory back: it ends, though its state may not say so yet.
+                if words and is_running(child):
                     found[child] = words.decode(errors="replace").strip()
     return found
 
