@@ -60,6 +60,8 @@ class Places:
     guest = Path("/usr/share/kata-py")
     defaults = Path("/usr/share/defaults/kata-py/configuration.toml")
     etc = Path("/etc/kata-py/configuration.toml")
+    # Nobody installs anything here: the shim keeps what it can find out again.
+    cache = Path("/var/cache/kata-py")
 
     def staged(self, path: Path) -> Path:
         """Where a file that will be at `path` is written now."""
@@ -220,7 +222,7 @@ def install(places: Places, *, guest: Path, add_dependencies: Callable[[Path], N
 
 
 def uninstall(places: Places) -> list[str]:
-    """Removes what the record lists; returns lines for the user."""
+    """Removes what the record lists, and what was cached since; returns lines for the user."""
     record = Record.read(places)
     if record is None:
         return [f"nothing is installed in {places.prefix}"]
@@ -233,6 +235,7 @@ def uninstall(places: Places) -> list[str]:
     else:
         etc.unlink(missing_ok=True)
     shutil.rmtree(places.staged(places.lib))
+    shutil.rmtree(places.staged(places.cache), ignore_errors=True)
     remove_empty(places.staged(Path(name)) for name in record.folders)
     return [*lines, f"removed kata-py from {places.prefix}"]
 

@@ -49,6 +49,8 @@ _CONNECT_LIMIT_S = 10
 # How many at once wait for that, each in a thread: fewer than the event loop has for everything (five or more).
 _WAITING = 4
 _GUEST_LIMIT_S = 30.0
+# How long connections may go on when their container is gone, with its programs.
+_LAST_WORDS_S = 30.0
 
 
 class Found(NamedTuple):
@@ -119,6 +121,15 @@ class _Search:
             os.close(fd)
 
 
+class _Way:
+    """A socket of the host that the guest reaches for now, by a descriptor of it. `end` is when its connections end."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.end: float | None = None
+        self.connections: set[asyncio.Timeout] = set()
+
+
 class HostSockets:
     """The sockets that one guest's containers reach."""
 
@@ -130,6 +141,8 @@ class HostSockets:
         self._waiting = asyncio.Semaphore(_WAITING)
         # Sockets whose server refused: a guest that tries again and again writes no more into the log.
         self._refused: set[str] = set()
+        # By the names of the guest's sockets. What is not here any more no guest reaches, whatever its agent says.
+        self._ways: dict[str, _Way] = {}
 
     async def offer_mounted(self, spec: OciSpec, share: SharedDir, undo: ExitStack) -> None:
         """Let a container reach the sockets that it mounts, and those in the directories that it mounts. Raises as
@@ -167,7 +180,8 @@ class HostSockets:
             os.close(fd)
             raise
         undo.callback(self._release, name)
-        self._in_background(self._serve(name, fd, source), f"socket {source}")
+        self._ways[name] = _Way(fd)
+        self._in_background(self._serve(name, source), f"socket {source}")
         return f"{GUEST_DIR}/{name}"
 
     async def _listen(self, request: ListenSocketRequest) -> None:
@@ -184,9 +198,19 @@ class HostSockets:
         )
 
     def _release(self, name: str) -> None:
+        self._shut(name)
         self._in_background(self._close(name), f"close socket {name}")
 
-    async def _serve(self, name: str, fd: int, source: str) -> None:
+    def _shut(self, name: str) -> None:
+        way = self._ways.pop(name, None)
+        if way is not None:
+            os.close(way.fd)
+            # The last words of programs that have ended may be on their way still.
+            way.end = asyncio.get_running_loop().time() + _LAST_WORDS_S
+            for limit in way.connections:
+                limit.reschedule(way.end)
+
+    async def _serve(self, name: str, source: str) -> None:
         """Take the programs that connect, one after the other."""
         try:
             while True:
@@ -197,35 +221,47 @@ class HostSockets:
                     )
                     return
                 await self._turns.acquire()
-                # A descriptor of its own: the connection may take longer than the container lives.
-                own = os.dup(fd)
-                self._in_background(self._connection(own, source, reply.token), f"connection to {source}")
+                way = self._ways.get(name)
+                if way is None:
+                    # Its container is gone, and an agent that keeps the rules has closed the socket.
+                    self._turns.release()
+                    return
+                # A descriptor of its own: the connection may last a little longer than the container.
+                work = self._connection(way, os.dup(way.fd), source, reply.token)
+                self._in_background(work, f"connection to {source}")
         except RpcError as err:
             if not isinstance(err, ConnectionClosed) and err.code is not Code.NOT_FOUND:
                 log.warning("host_socket_closed", source=source, reason=str(err))
         finally:
-            os.close(fd)
+            self._shut(name)
 
-    async def _connection(self, fd: int, source: str, token: bytes) -> None:
+    async def _connection(self, way: _Way, fd: int, source: str, token: bytes) -> None:
+        limit = asyncio.timeout_at(way.end)
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-                try:
-                    await self._connect(server, fd)
-                except OSError as err:
-                    self._say_refused(source, err)
-                    server.close()
-                async with asyncio.timeout(_GUEST_LIMIT_S):
-                    program = await self._vsock.connect(SOCKETS_PORT)
-                with program:
-                    # Without a server, the program's connection ends when this one does.
-                    await asyncio.get_running_loop().sock_sendall(program, token)
-                    if server.fileno() >= 0:
-                        await relay(program, server)
+                async with limit:
+                    way.connections.add(limit)
+                    await self._join(server, fd, source, token)
         except (OSError, TimeoutError) as err:
             log.debug("connection_to_host_socket_broke", source=source, reason=str(err))
         finally:
+            way.connections.discard(limit)
             os.close(fd)
             self._turns.release()
+
+    async def _join(self, server: socket.socket, fd: int, source: str, token: bytes) -> None:
+        try:
+            await self._connect(server, fd)
+        except OSError as err:
+            self._say_refused(source, err)
+            server.close()
+        async with asyncio.timeout(_GUEST_LIMIT_S):
+            program = await self._vsock.connect(SOCKETS_PORT)
+        with program:
+            # Without a server, the program's connection ends when this one does.
+            await asyncio.get_running_loop().sock_sendall(program, token)
+            if server.fileno() >= 0:
+                await relay(program, server)
 
     async def _connect(self, server: socket.socket, fd: int) -> None:
         """Connect to the socket behind a descriptor; leaves `server` non-blocking. Raises OSError."""

@@ -94,7 +94,7 @@ class Disks:
             self._taken.discard(number)
             raise
         self._plugged[disk.id] = _Plugged(number, self._taken, fdset)
-        return DiskAddress(spot.kind, spot.address or await _pci_address(monitor, disk.id))
+        return DiskAddress(spot.kind, spot.address or await self._pci_address(monitor, disk.id))
 
     async def plug_vhost_user(self, monitor: Monitor, disk: VhostUserDisk) -> DiskAddress:
         """Give the guest a disk that another program serves. Raises HotplugRefused, QmpError."""
@@ -120,7 +120,18 @@ class Disks:
             self._taken_places.discard(number)
             raise
         self._plugged[disk.id] = _Plugged(number, self._taken_places, None)
-        return DiskAddress("blk", await _pci_address(monitor, disk.id))
+        return DiskAddress("blk", await self._pci_address(monitor, disk.id))
+
+    async def _pci_address(self, monitor: Monitor, disk_id: str) -> str:
+        """Where the guest finds a disk that was plugged in just now; without that it is of no use, and is taken out."""
+        try:
+            path = commands.pci_path(await commands.query_pci(monitor), disk_id)
+            if path is None:
+                raise HotplugRefused(f"disk {disk_id} is not on the bus that it was plugged into")
+        except BaseException:
+            await _quietly(self.unplug(monitor, disk_id))
+            raise
+        return path
 
     async def unplug(self, monitor: Monitor, disk_id: str) -> None:
         """Take a disk away; nothing happens when it is not there. Raises HotplugRefused, QmpError.
@@ -250,13 +261,6 @@ def _driver_for(fd: int, disk: Disk) -> str:
     raise HotplugRefused(
         f"cannot plug in disk {disk.id}: what is to be on it is neither a block device nor a regular file"
     )
-
-
-async def _pci_address(monitor: Monitor, disk_id: str) -> str:
-    path = commands.pci_path(await commands.query_pci(monitor), disk_id)
-    if path is None:
-        raise HotplugRefused(f"disk {disk_id} is not on the bus that it was plugged into")
-    return path
 
 
 async def _release(monitor: Monitor, node: str, fdset: int) -> None:

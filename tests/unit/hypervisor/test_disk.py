@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from hypervisor.errors import HotplugRefused, QmpRefused, QmpUnavailable
+from hypervisor.qemu import commands
 from hypervisor.qemu import disk as disk_module
 from hypervisor.qemu.disk import DiskAddress, Disks
 from hypervisor.qemu.events import DeviceDeleted
@@ -221,6 +222,21 @@ async def test_a_refused_disk_leaves_nothing(image: int, refused: dict[str, int]
     assert [name for name in qemu.commands if "add" not in name] == undone
     # Its place is free.
     assert (await disks.plug(monitor(qemu), Disk(id="d2"), image)).address == "1e/01"
+
+
+@pytest.mark.parametrize("answer", ["refused", "without the disk"])
+async def test_a_disk_that_nobody_finds_is_taken_out(
+    image: int, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is plugged in by then, and QEMU does not say where."""
+    qemu = Qemu(query_pci=1 if answer == "refused" else 0)
+    disks = Disks(spec(disk_places=True))
+    with monkeypatch.context() as patched, pytest.raises((HotplugRefused, QmpRefused), match="no"):
+        if answer != "refused":
+            patched.setattr(commands, "pci_path", lambda *_: None)
+        await disks.plug(monitor(qemu), Disk(id="d1"), image)
+    assert qemu.commands[-4:] == ["query-pci", "device_del", "blockdev-del", "remove-fd"]
+    assert (await disks.plug(monitor(qemu), Disk(id="d2"), image)).address == "1e/01"  # its place is free
 
 
 async def test_qemu_that_does_not_let_go_is_told(image: int, monkeypatch: pytest.MonkeyPatch) -> None:

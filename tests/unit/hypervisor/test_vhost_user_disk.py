@@ -154,3 +154,13 @@ async def test_a_monitor_that_refuses_for_another_reason(tmp_path: Path) -> None
         await disks.unplug(monitor(qemu), "d1")
     await disks.unplug(monitor(qemu), "d1")
     assert qemu.commands[-1] == "chardev-remove"
+
+
+async def test_a_served_disk_that_nobody_finds_is_taken_out(tmp_path: Path) -> None:
+    qemu = Host(query_pci=1)
+    disks = Disks(spec(disk_places=True))
+    async with served(tmp_path / "d.sock") as disk:
+        with pytest.raises(QmpRefused, match="no"):
+            await disks.plug_vhost_user(monitor(qemu), disk)
+        assert qemu.commands[-3:] == ["query-pci", "device_del", "chardev-remove"]
+        assert (await disks.plug_vhost_user(monitor(qemu), disk)).address == "1e/01"

@@ -61,7 +61,12 @@ def test_uninstall_restores_the_system(places: install.Places, guest: Path) -> N
         "usr/local/lib/kata-py/dependency.py",
     } <= installed
     assert not [name for name in installed if name.endswith(".new")]
+    cached = places.staged(places.cache) / "usr-bin-qemu-system-x86_64.json"
+    cached.parent.mkdir(parents=True)
+    cached.touch()
     install.uninstall(places)
+    cached.parent.parent.rmdir()
+    cached.parent.parent.parent.rmdir()
     assert tree(places.destdir) == before
 
 

@@ -99,6 +99,8 @@ class Site:
             self.server.close()
         for name in list(self.guest._listeners):
             self.guest.close(name)
+        for token in list(self.guest._waiting):
+            self.guest._give_up(token)
         tasks = {*self.tasks, *self.guest._tasks}
         for task in tasks:
             task.cancel()
@@ -238,6 +240,43 @@ async def test_it_goes_with_its_container(site: Site) -> None:
         while site.tasks:
             await asyncio.gather(*site.tasks)
     assert not path.exists()
+
+
+async def test_an_agent_that_goes_on_when_the_container_is_gone(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It closes nothing: neither do new connections reach the host's server then, nor do the old ones go on."""
+
+    async def close(request: object) -> None:
+        pass
+
+    reached: list[asyncio.StreamReader] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reached.append(reader)
+        await reader.read()
+        writer.close()
+
+    site.server = await asyncio.start_unix_server(serve, site.path)
+    monkeypatch.setattr(site.agent, "close_socket", close)
+    monkeypatch.setattr(host_sockets, "_LAST_WORDS_S", 0.0)
+    async with asyncio.timeout(60):
+        with (
+            ExitStack() as undo,
+            socket.socket(socket.AF_UNIX) as early,
+            socket.socket(socket.AF_UNIX) as late,
+        ):
+            path = await site.offered(undo)
+            early.connect(str(path))
+            while not reached:
+                await asyncio.sleep(0)
+            undo.close()
+            late.connect(str(path))
+            while site.tasks:
+                await asyncio.gather(*site.tasks)
+            assert await reached[0].read() == b""
+    assert len(reached) == 1
+    assert site.sockets._turns._value == host_sockets.CONNECTIONS
 
 
 async def test_another_socket_of_the_same_name_is_not_reached(site: Site) -> None:
