@@ -11,7 +11,15 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-import structlog
+# structlog looks for rich, for terminals, of which there are none here. It is there for the other programs; loading it
+# would take a fifth of the time until QEMU is started.
+if "rich" not in sys.modules:
+    sys.modules["rich"] = None  # type: ignore[assignment]  # an import fails
+    import structlog
+
+    del sys.modules["rich"]
+else:
+    import structlog
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -25,7 +25,6 @@ from shim import crossing
 from shim.background import Unbroken
 from shim.errors import NetworkNotMirrored
 from shim.interfaces import Snapshot, interface_to_proto, neighbours_to_proto, routes_to_proto, scan
-from ttrpc import RpcError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -115,6 +114,8 @@ class PodNetwork:
         """Bring to the guest whatever changes from now on, until cancelled. The log tells what cannot be brought."""
         if not self.nic_ports:
             return
+        from ttrpc import RpcError  # this module is loaded before QEMU is started, and that not
+
         news = asyncio.Event()
         loop = asyncio.get_running_loop()
         loop.add_reader(self._changes, news.set)

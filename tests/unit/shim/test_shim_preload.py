@@ -19,6 +19,12 @@ import shim.serve, shim.boot, shim.daemon, shim.preload
 shim.preload.load()
 print("\\n".join(sys.modules))
 """
+UNTIL_QEMU = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import shim.serve, shim.boot
+print("\\n".join(sys.modules))
+"""
 SHORT_LIVED = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -59,6 +65,14 @@ def test_every_late_import_is_preloaded() -> None:
     command = [sys.executable, "-c", LOADED, str(ROOT)]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert {name: place for name, place in late.items() if name not in loaded} == {}
+
+
+def test_qemu_does_not_wait_for_what_is_needed_later() -> None:
+    command = [sys.executable, "-c", UNTIL_QEMU, str(ROOT)]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    later = {"agent_proto", "google.protobuf", "qemu.qmp", "rich", "ttrpc", "yaml"}
+    assert later.isdisjoint(loaded)
+    assert {"structlog", "hypervisor.qemu.machine"} <= set(loaded)
 
 
 def test_short_lived_actions_load_little() -> None:
