@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,18 +18,30 @@ if TYPE_CHECKING:
     from agent_proto.client import AgentClient
     from config import Agent
     from hypervisor.qemu.machine import Machine
+    from hypervisor.spec import VsockKind
 
 T = TypeVar("T")
 log = structlog.get_logger()
 
-# Port of the host that our agent calls when it is ready; a stock agent does not know of it.
+# Port of the host that our agent calls when it is ready, where each guest has ports of its own.
 READY_PORT = 1024
+_FIRST_OF_MANY = 1 << 30
 _READY_LINE_LIMIT = 512
 _READY_LINE_LIMIT_S = 10.0
 _LONGEST_PAUSE_S = 0.5
 _WHAT = "the guest's agent cannot be reached"
 # A machine that goes down breaks the agent's connection a moment before QEMU has ended.
 _LAST_WORDS_S = 1.0
+
+
+def ready_port(vsock: VsockKind) -> int:
+    """The port of the host that our agent calls when it is ready; a stock agent does not know of it.
+
+    The kernel's transport has one space of ports for all guests of the host, in which each needs another one.
+    """
+    if vsock == "user":
+        return READY_PORT
+    return _FIRST_OF_MANY + int.from_bytes(os.urandom(4), "big") // 4
 
 
 class ReadySignal:

@@ -22,7 +22,7 @@ from config import ConfigError
 from hypervisor.errors import HostUnsupported, HypervisorError
 from hypervisor.qemu.machine import booted
 from shim import paths
-from shim.agent import READY_PORT, ReadySignal
+from shim.agent import ReadySignal
 from shim.bundle import Bundle
 from shim.errors import GuestUnreachable, ShimError
 from shim.log import set_levels
@@ -200,7 +200,8 @@ class Boot:
         try:
             if self.config.hypervisor.cold_plug_vfio != "no-port":
                 spec = replace(spec, host_devices=await self.devices.at_start(self.pod, self.bundle))
-            async with booted(spec, listeners={READY_PORT: self._ready.on_connection}) as machine:
+            listeners = {spec.ready_vport: self._ready.on_connection} if spec.ready_vport is not None else {}
+            async with booted(spec, listeners=listeners) as machine:
                 self.moments |= machine.timings
                 self._host.remember_helpers(machine.pids)
                 self.network.join()

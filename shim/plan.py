@@ -15,6 +15,7 @@ from config import load
 from hypervisor.accel import choose_accel, choose_vsock
 from hypervisor.errors import HostUnsupported
 from hypervisor.host import Host
+from shim.agent import ready_port
 from shim.bootstrap import config_path
 from shim.vmspec import guest_arch, vm_spec
 
@@ -112,6 +113,7 @@ def plan(
         numa=numa,
         accel=accel.value,
         vsock=vsock.value,
+        ready_vport=ready_port(vsock.value),
         virtiofsd=Path(qemu.virtio_fs_daemon) if qemu.shared_fs != "none" else None,
         exported=exported,
         netns=network.netns if network else None,

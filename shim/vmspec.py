@@ -62,6 +62,7 @@ def vm_spec(
     *,
     accel: Accel,
     vsock: VsockKind,
+    ready_vport: int = READY_PORT,
     virtiofsd: Path | None,
     exported: Path,
     netns: Path | None,
@@ -75,10 +76,10 @@ def vm_spec(
     numa: tuple[NumaNode, ...] = (),
     limits: PodResources | None = None,
 ) -> VmSpec:
-    """The machine of one sandbox. What depends on the host has been decided by the caller; `virtiofsd` is None
-    when nothing is shared, `image_bytes` is the size of the configured image, `io_uring` whether the host lets
-    programs use that, `protection` what the host hides a confidential guest with, `numa` what the host's nodes make of
-    the configured ones, and `limits` the pod's.
+    """The machine of one sandbox. What depends on the host has been decided by the caller: `ready_vport` is the host's
+    port that the guest's agent calls, `virtiofsd` is None when nothing is shared, `image_bytes` is the size of the
+    configured image, `io_uring` whether the host lets programs use that, `protection` what the host hides a
+    confidential guest with, `numa` what the host's nodes make of the configured ones, and `limits` the pod's.
 
     Raises InvalidSpec for settings that have no machine.
     """
@@ -135,7 +136,7 @@ def vm_spec(
         exports=exports,
         vsock=vsock,
         log_vport=config.agent.log_port if wants_agent_log(config) else None,
-        ready_vport=READY_PORT,
+        ready_vport=ready_vport,
         netns=netns,
         user=user,
         selinux_label="" if qemu.disable_selinux else qemu.selinux_label,

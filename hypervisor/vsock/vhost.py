@@ -81,6 +81,13 @@ def _set_guest_cid(fd: int, cid: int) -> None:
 def _stream() -> socket.socket:
     sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     sock.setblocking(False)
+    limit = struct.pack("@ll", _CONNECT_LIMIT_S, 0)
+    # To a socket of this family Python's setsockopt() passes a number and nothing else.
+    same = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=sock.fileno())
+    try:
+        same.setsockopt(socket.AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, limit)
+    finally:
+        same.detach()
     return sock
 
 
@@ -96,8 +103,6 @@ class VhostVsock:
         """See `Vsock.connect`."""
         sock = _stream()
         try:
-            limit = struct.pack("@ll", _CONNECT_LIMIT_S, 0)
-            sock.setsockopt(socket.AF_VSOCK, _SO_VM_SOCKETS_CONNECT_TIMEOUT, limit)
             await self._connect(sock, (self.guest_cid, port))
         except BaseException:
             sock.close()

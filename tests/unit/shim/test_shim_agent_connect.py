@@ -15,7 +15,7 @@ from agent_proto.gen import agent_pb2
 from config import Agent
 from hypervisor.errors import BootFailed
 from hypervisor.process import ProcessExit
-from shim.agent import ReadySignal, connected
+from shim.agent import READY_PORT, ReadySignal, connected, ready_port
 from ttrpc import Server
 
 if TYPE_CHECKING:
@@ -98,6 +98,13 @@ async def tasks_ended() -> None:
     """All other tasks are ending: whoever was forgotten waits too long."""
     async with asyncio.timeout(5):
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
+
+def test_guests_that_share_the_hosts_ports_call_different_ones() -> None:
+    assert {ready_port("user") for _ in range(2)} == {READY_PORT}
+    ports = {ready_port("vhost") for _ in range(50)}
+    assert len(ports) == 50
+    assert all(READY_PORT < port < 1 << 31 for port in ports)
 
 
 async def test_connected_at_once(agent_end: Any) -> None:

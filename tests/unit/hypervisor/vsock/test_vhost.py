@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import socket
+import struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -70,9 +71,6 @@ class FakeVsock(socket.socket):
     accepts_from = GUEST_CID
     connect_error: OSError | None = None
 
-    def setsockopt(self, *args: Any) -> None:
-        assert args[0] == socket.AF_VSOCK
-
     def _name(self, address: Any) -> str:
         return f"\0kata-py-test-{os.getpid()}-{address[1]}"
 
@@ -102,6 +100,17 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeVsock]:
 
     monkeypatch.setattr(vhost, "_stream", stream)
     return Fake
+
+
+def test_a_real_socket_may_take_long_to_connect() -> None:
+    try:
+        sock = vhost._stream()
+    except OSError as err:
+        assert err.errno == errno.EAFNOSUPPORT
+        pytest.skip("this kernel has no AF_VSOCK")
+    with sock, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(sock.fileno())) as same:
+        said = same.getsockopt(socket.AF_VSOCK, vhost._SO_VM_SOCKETS_CONNECT_TIMEOUT, struct.calcsize("@ll"))
+    assert struct.unpack("@ll", said) == (24 * 60 * 60, 0)
 
 
 async def test_the_guest_is_heard(fake: type[FakeVsock]) -> None:
