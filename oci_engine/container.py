@@ -14,7 +14,18 @@ from oci_engine import hooks
 from oci_engine.cgroups.base import remove_cgroup, signal_each
 from oci_engine.cgroups.find import known_cgroup
 from oci_engine.errors import HookFailed, NotFound, SetupFailed, StateConflict
-from oci_engine.state import CREATED, CREATING, PAUSED, RUNNING, STOPPED, Status, Store, has_fifo, is_alive
+from oci_engine.state import (
+    CREATED,
+    CREATING,
+    PAUSED,
+    RUNNING,
+    STOPPED,
+    Status,
+    Store,
+    has_fifo,
+    is_alive,
+    opened_process,
+)
 from oci_engine.waiting import wait_for_child
 
 if TYPE_CHECKING:
@@ -223,7 +234,7 @@ class Engine:
         cgroup = known_cgroup(status.cgroup_paths)
         cgroup.kill()
         with suppress(ProcessLookupError):
-            pidfd = os.pidfd_open(status.pid)
+            pidfd = opened_process(status.pid)
             try:
                 if not is_alive(status):
                     return
@@ -242,7 +253,7 @@ class Engine:
 def _signal(status: Status, number: int) -> None:
     """Never to another process that has got the same pid meanwhile."""
     try:
-        pidfd = os.pidfd_open(status.pid)
+        pidfd = opened_process(status.pid)
     except ProcessLookupError:
         raise StateConflict(f"container not running: container {status.id} has just ended") from None
     try:

@@ -6,6 +6,7 @@ the process began it is never mistaken.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -179,6 +180,17 @@ def start_time(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return 0 if fields[0] in "ZXx" else int(fields[19])
+
+
+def opened_process(pid: int) -> int:
+    """A descriptor of a process. Raises ProcessLookupError when there is none."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as err:
+        # Linux 6.12 and others say that of a process that is gone while its number is still that of a session.
+        if err.errno == errno.EINVAL and pid > 0:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from err
+        raise
 
 
 def is_alive(status: Status) -> bool:

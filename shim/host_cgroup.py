@@ -10,6 +10,7 @@ since the container's processes are in the guest. With systemd's names the group
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -94,8 +95,14 @@ def empty(folders: list[str], limit_s: float) -> None:
     deadline = time.monotonic() + limit_s
     while (found := members(folders)) and time.monotonic() < deadline:
         for pid in found:
-            with suppress(ProcessLookupError):
+            try:
                 pidfd = os.pidfd_open(pid)
+            except OSError as err:
+                # The second is what Linux 6.12 says of one that is gone while its number is still that of a session.
+                if err.errno in (errno.ESRCH, errno.EINVAL):
+                    continue
+                raise
+            with suppress(ProcessLookupError):
                 try:
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                     left_s = max(0.0, deadline - time.monotonic())

@@ -34,7 +34,9 @@ from tests.support.containers import remove_group, spec, wait
 if TYPE_CHECKING:
     from tests.support.containers import Containers, Spec
 
-UNIFIED = Path("/sys/fs/cgroup/unified")
+#: Whether this host has control groups of version 2 alone, and where it has those that it has.
+ONLY_V2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+UNIFIED = Path("/sys/fs/cgroup") if ONLY_V2 else Path("/sys/fs/cgroup/unified")
 
 
 def state(containers: Containers, container_id: str) -> str:
@@ -257,7 +259,8 @@ def test_one_more_process(containers: Containers) -> None:
     assert status == 5
     lines = output.splitlines()
     assert lines[:4] == [os.readlink(f"/proc/{pid}/ns/net"), "runk", "1000", "/tmp"]
-    assert any(line.endswith(f"freezer:/{container_id}") for line in lines)
+    group = f"0::/{container_id}" if ONLY_V2 else f"freezer:/{container_id}"
+    assert any(line.endswith(group) for line in lines)
     assert len(containers.engine.pids(container_id)) == 1
     for program, code in (("no-such", 127), ("/etc/passwd", 126)):
         with pytest.raises(CannotExecute) as caught:
@@ -310,33 +313,34 @@ def test_limits(containers: Containers) -> None:
     }
     container_id, pid = containers.running(document)
 
-    def value(file: str) -> str:
-        controller = {"memsw": "memory"}.get(file.split(".")[0], file.split(".")[0])
-        folder = containers.engine.load(container_id).cgroup_paths[controller]
-        return (Path(folder) / file).read_text().strip()
+    def values(*files: str) -> list[str]:
+        paths = containers.engine.load(container_id).cgroup_paths
+        folders = [paths["" if ONLY_V2 else file.split(".")[0]] for file in files]
+        return [Path(folder, file).read_text().strip() for folder, file in zip(folders, files, strict=True)]
 
-    assert value("memory.limit_in_bytes") == str(64 << 20)
-    assert value("memory.memsw.limit_in_bytes") == str(64 << 20)
-    assert value("cpu.shares") == "512"
-    assert value("cpu.cfs_quota_us") == "50000"
-    assert value("cpuset.cpus") == "0"
-    assert value("pids.max") == "7"
-    _, output = containers.exec(
-        container_id,
-        "sh",
-        "-c",
-        "for i in 1 2 3 4 5 6 7 8; do sleep 1 & done; cat /sys/fs/cgroup/pids/pids.max",
-    )
+    def memory_and_swap() -> list[int]:
+        """Version 1 counts them together."""
+        if not ONLY_V2:
+            return [int(each) for each in values("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")]
+        memory, swap = map(int, values("memory.max", "memory.swap.max"))
+        return [memory, memory + swap]
+
+    assert memory_and_swap() == [64 << 20, 64 << 20]
+    if ONLY_V2:
+        assert values("memory.low", "cpu.weight", "cpu.max") == [str(32 << 20), "20", "50000 100000"]
+    else:
+        assert values("cpu.shares", "cpu.cfs_quota_us") == ["512", "50000"]
+    assert values("cpuset.cpus", "pids.max") == ["0", "7"]
+    _, output = containers.exec(container_id, "sh", "-c", "for i in 1 2 3 4 5 6 7 8; do sleep 1 & done")
     assert "can't fork" in output
     containers.engine.update(
         container_id,
         {"memory": {"limit": 128 << 20, "swap": 256 << 20}, "pids": {"limit": -1}, "cpu": {"quota": -1}},
     )
-    assert value("memory.limit_in_bytes") == str(128 << 20)
-    assert value("memory.memsw.limit_in_bytes") == str(256 << 20)
-    assert value("pids.max") == "max"
+    assert memory_and_swap() == [128 << 20, 256 << 20]
+    assert values("pids.max") == ["max"]
     containers.engine.update(container_id, {"memory": {"limit": 64 << 20, "swap": 64 << 20}})
-    assert value("memory.memsw.limit_in_bytes") == str(64 << 20)
+    assert memory_and_swap() == [64 << 20, 64 << 20]
     stats: Any = containers.engine.stats(container_id)
     assert stats["memory"]["usage"]["limit"] == 64 << 20
     assert stats["pids"]["current"] >= 1
@@ -453,9 +457,9 @@ def test_a_caller_that_dies_while_it_creates_leaves_no_process(containers: Conta
 
 @pytest.fixture
 def group_v2(containers: Containers) -> Any:
-    """A group in the tree of version 2 that hosts with version 1 have too."""
+    """A group in the tree of version 2, which hosts with version 1 have too."""
     if not (UNIFIED / "cgroup.procs").exists():
-        pytest.skip("this host has no tree of version 2 below /sys/fs/cgroup/unified")
+        pytest.skip(f"this host has no tree of version 2 at {UNIFIED}")
     group = CgroupV2(f"/{containers.name}-v2/inner", str(UNIFIED))
     group.create()
     yield group

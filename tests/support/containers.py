@@ -118,7 +118,9 @@ class Containers:
 
 
 def groups_named(container_id: str) -> list[Path]:
-    return [path for path in Path("/sys/fs/cgroup").glob(f"*/{container_id}") if path.is_dir()]
+    """In every hierarchy of version 1, or in the one of version 2."""
+    top = Path("/sys/fs/cgroup")
+    return [path for path in (top / container_id, *top.glob(f"*/{container_id}")) if path.is_dir()]
 
 
 def wait(pid: int) -> int:

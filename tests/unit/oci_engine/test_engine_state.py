@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from oci_engine.errors import AlreadyExists, EngineError, NotFound
-from oci_engine.state import Status, Store, is_alive, start_time
+from oci_engine.state import Status, Store, is_alive, opened_process, start_time
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,6 +85,24 @@ def test_whose_process_it_is() -> None:
     assert start_time(child) == 0  # a zombie
     os.waitpid(child, 0)
     assert start_time(child) == 0
+
+
+def test_a_process_that_is_gone_while_its_session_is_not() -> None:
+    """Its number is still in use, but not as a process's: kernels have two answers to who asks for that one."""
+    reader, writer = os.pipe()
+    leader = os.fork()
+    if leader == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.close(writer)
+            os.read(reader, 1)
+        os._exit(0)
+    os.close(reader)
+    os.waitpid(leader, 0)
+    with pytest.raises(ProcessLookupError):
+        opened_process(leader)
+    os.close(writer)
+    os.close(opened_process(os.getpid()))
 
 
 def test_foreign_files_are_not_removed(store: Store) -> None:
