@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from hypervisor.errors import HostUnsupported, HypervisorError
+from hypervisor.errors import HostUnsupported, HotplugRefused, HypervisorError
 from hypervisor.netns import entered, new_netns
 from hypervisor.spec import Nic
 from netlink.rtnl import Rtnetlink, changes, drain
@@ -68,6 +68,7 @@ class PodNetwork:
         self._turn = asyncio.Lock()
         self._catching_up = Unbroken()
         self._joined: set[int] = set()
+        self._leaving: dict[str, asyncio.Task[None]] = {}
         self._told = Snapshot()
         self._snapshot = Snapshot()
         with ExitStack() as undo:
@@ -150,6 +151,9 @@ class PodNetwork:
 
     def part(self) -> None:
         """Undo `join`: the machine is gone. Another one starts from nothing. Harmless when repeated."""
+        for task in self._leaving.values():
+            task.cancel()
+        self._leaving.clear()
         for ifindex in self._joined:
             try:
                 crossing.part(self._rtnl, ifindex)
@@ -167,10 +171,12 @@ class PodNetwork:
         """One look at what there is now, and everything that follows from it; returns what keeps interfaces out."""
         drain(self._changes)
         now, failures = scan(self._rtnl), []
+        for nic_id in list(self._leaving):
+            self._unplug(nic_id, machine)  # one that the guest has kept
         here = {interface.key for interface in now.interfaces}
         for interface in self._snapshot.interfaces:
             if interface.key not in here:
-                await machine.unplug_nic(self._nic(interface).id)
+                self._unplug(self._nic(interface).id, machine)
                 crossing.part(self._rtnl, interface.link.ifindex)  # it may be there, with another MAC address
                 self._joined.discard(interface.link.ifindex)
                 self._snapshot = self._snapshot.without(interface)
@@ -192,7 +198,15 @@ class PodNetwork:
     async def _plug(self, interface: Interface, machine: Machine) -> None:
         self._expect(interface)
         nic = self._nic(interface)
-        await machine.plug_nic(nic)
+        if nic.id in self._leaving:  # with another MAC address
+            await asyncio.wait([self._leaving[nic.id]])
+        try:
+            await machine.plug_nic(nic)
+        except HotplugRefused:
+            if not self._leaving:
+                raise
+            await asyncio.wait(self._leaving.values())  # they leave places free
+            await machine.plug_nic(nic)
         try:
             self._join(interface)
         except (HypervisorError, OSError):
@@ -201,6 +215,21 @@ class PodNetwork:
             finally:
                 crossing.part(self._rtnl, interface.link.ifindex)
             raise
+
+    def _unplug(self, nic_id: str, machine: Machine) -> None:
+        """Begin to take an interface out. The guest may take its time to let go of it, and nobody waits for that who
+        does not need its place."""
+        if nic_id not in self._leaving or self._leaving[nic_id].done():
+            unplugging = self._unplugged(nic_id, machine)
+            self._leaving[nic_id] = asyncio.create_task(unplugging, name=f"unplug {nic_id}")
+
+    async def _unplugged(self, nic_id: str, machine: Machine) -> None:
+        try:
+            await machine.unplug_nic(nic_id)
+        except HypervisorError as err:  # tried again with the next change
+            log.error("interface_not_unplugged", interface=nic_id, reason=str(err))
+        else:
+            self._leaving.pop(nic_id, None)
 
     def _nic(self, interface: Interface) -> Nic:
         return Nic(

@@ -211,6 +211,95 @@ def test_a_change_that_fails_is_told_and_the_next_one_is_not_lost(refusal: Excep
     with_network(work)
 
 
+def slowly_unplugged(guest: Any) -> asyncio.Event:
+    """The guest lets go of interfaces when the event is set."""
+    let_go, unplug = asyncio.Event(), guest.unplug_nic
+
+    async def unplug_nic(nic_id: str) -> None:
+        guest._note(f"asked to give {nic_id}")
+        await let_go.wait()
+        await unplug(nic_id)
+
+    guest.unplug_nic = unplug_nic
+    return let_go
+
+
+def test_nobody_waits_for_an_interface_that_goes() -> None:
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        network.join()
+        let_go = slowly_unplugged(guest)
+        leaving = next(nic for nic in network.nics if nic.mac == "0a:58:0a:d5:00:02")
+        ip("link delete eth0")
+        ip("link add eth1 type veth peer name far1")
+        ip("link set eth1 up")
+        await network.catch_up(guest, guest)
+        assert any(asked.startswith("plug nic") for asked in guest.asked)
+        await guest.until(f"asked to give {leaving.id}")
+        assert f"unplug {leaving.id}" not in guest.asked
+        let_go.set()
+        await guest.until(f"unplug {leaving.id}")
+
+    with_network(work, *ETH0)
+
+
+def test_who_needs_the_place_of_one_that_goes_waits_for_it() -> None:
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        network.join()
+        let_go = slowly_unplugged(guest)
+        leaving = next(nic for nic in network.nics if nic.mac == "0a:58:0a:d5:00:02")
+        ip("link set eth0 address 0a:58:0a:d5:00:03")
+        changing = asyncio.create_task(network.catch_up(guest, guest))
+        await guest.until(f"asked to give {leaving.id}")
+        assert not changing.done()
+        let_go.set()
+        await changing
+        unplugged = guest.asked.index(f"unplug {leaving.id}")
+        assert f"plug {leaving.id} 0a:58:0a:d5:00:03" in guest.asked[unplugged:]
+        # And one for which there is no place before that.
+        let_go.clear()
+        ip("link delete eth0")
+        ip("link add eth1 address 0a:58:0a:d5:00:04 type veth peer name far1")
+        ip("link set eth1 up")
+        guest.refuse = None
+        plug, refused = guest.plug_nic, list[str]()
+
+        async def plug_nic(nic: Nic) -> None:
+            if not refused:
+                refused.append(nic.mac)
+                raise HotplugRefused("all ports are taken")
+            await plug(nic)
+
+        guest.plug_nic = plug_nic
+        changing = asyncio.create_task(network.catch_up(guest, guest))
+        while not refused:
+            await asyncio.sleep(0)
+        let_go.set()
+        await changing
+        assert refused == ["0a:58:0a:d5:00:04"]
+
+    with_network(work, *ETH0)
+
+
+def test_an_interface_that_the_guest_keeps_is_asked_for_again() -> None:
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        network.join()
+        ip("link delete eth0")
+        guest.refuse = HotplugRefused("the guest keeps it")
+        with capture_logs() as lines:
+            await network.catch_up(guest, guest)
+            while not lines:
+                await asyncio.sleep(0)
+        assert [(line["event"], line["reason"]) for line in lines] == [
+            ("interface_not_unplugged", "the guest keeps it")
+        ]
+        before = [asked for asked in guest.asked if asked.startswith("unplug")]
+        await network.catch_up(guest, guest)
+        await asyncio.sleep(0)
+        assert [asked for asked in guest.asked if asked.startswith("unplug")] == before * 2
+
+    with_network(work, *ETH0)
+
+
 def test_an_interface_that_no_guest_can_have() -> None:
     def work() -> None:
         ip("tuntap add tun0 mode tun")
