@@ -273,6 +273,10 @@ class AgentClient:
         """Remove such a socket."""
         return await self._extension(services.CLOSE_SOCKET, request, self._timeout_s)
 
+    async def limit_processors(self, request: kata_py_agent_pb2.LimitProcessorsRequest) -> Empty:
+        """Take processors from the guest's programs."""
+        return await self._extension(services.LIMIT_PROCESSORS, request, self._timeout_s)
+
     async def _agent(
         self, method: Method[Request, Response], request: Request, timeout_s: float | None
     ) -> Response:

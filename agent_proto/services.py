@@ -134,6 +134,7 @@ ACCEPT_CONNECTION = Method(
     "AcceptConnection", kata_py_agent_pb2.AcceptConnectionRequest, kata_py_agent_pb2.AcceptConnectionResponse
 )
 CLOSE_SOCKET = Method("CloseSocket", kata_py_agent_pb2.CloseSocketRequest, Empty)
+LIMIT_PROCESSORS = Method("LimitProcessors", kata_py_agent_pb2.LimitProcessorsRequest, Empty)
 
 EXTENSIONS = Service(
     "kata_py.agent.v1.Extensions",
@@ -147,6 +148,7 @@ EXTENSIONS = Service(
         CLOSE_SOCKET,
         NEXT_NAMES,
         ANSWER_NAME,
+        LIMIT_PROCESSORS,
     ),
 )
 

@@ -30,18 +30,42 @@ def version() -> str:
         return "unknown"
 
 
-def online_everything(memory: bool, root: str = SYS) -> int:
-    """Bring every processor, and memory block, online. Returns the number of processors online. Raises OSError."""
-    for name in sorted(os.listdir(f"{root}/cpu")):
-        path = f"{root}/cpu/{name}/online"
-        if name.startswith("cpu") and name[3:].isdigit() and _read(path) == "0":
+def bring_online(most: int, memory: bool, root: str = SYS) -> int:
+    """Bring processors online until there are `most`, 0 for all; and all of the memory. Returns the number of
+    processors online. Raises OSError."""
+    online = _count(_read(f"{root}/cpu/online"))
+    for number in _processors(root):
+        path = f"{root}/cpu/cpu{number}/online"
+        if (online < most or not most) and _read(path) == "0":
             _write(path, "1")
+            online += 1
     if memory and os.path.isdir(f"{root}/memory"):
         for name in sorted(os.listdir(f"{root}/memory")):
             path = f"{root}/memory/{name}/state"
             if name.startswith("memory") and _read(path) == "offline":
-                _write(path, "online")
+                try:
+                    _write(path, "online")
+                except OSError:
+                    if _read(path) == "offline":
+                        raise
+                    # The kernel has brought it online by itself meanwhile, and calls this invalid.
     return _count(_read(f"{root}/cpu/online"))
+
+
+def take_offline(left: int, root: str = SYS) -> None:
+    """Take processors offline until so many are left, but never the first one. Raises OSError."""
+    online = _count(_read(f"{root}/cpu/online"))
+    for number in reversed(_processors(root)[1:]):
+        path = f"{root}/cpu/cpu{number}/online"
+        if online > left and _read(path) == "1":
+            _write(path, "0")
+            online -= 1
+
+
+def _processors(root: str) -> list[int]:
+    return sorted(
+        int(name[3:]) for name in os.listdir(f"{root}/cpu") if name.startswith("cpu") and name[3:].isdigit()
+    )
 
 
 def memory_block_bytes(root: str = SYS) -> int:

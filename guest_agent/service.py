@@ -101,6 +101,7 @@ class AgentService:
             "ListenSocket": self.listen_socket,
             "AcceptConnection": self.accept_connection,
             "CloseSocket": self.close_socket,
+            "LimitProcessors": self.limit_processors,
         }
 
     async def _finish(self, work: Coroutine[object, object, None]) -> Empty:
@@ -161,9 +162,9 @@ class AgentService:
     async def online_cpu_mem(self, request: agent_pb2.OnlineCPUMemRequest, call: Call) -> Empty:
         memory = not request.cpu_only
         wanted = request.nb_cpus
-        if machine.online_everything(memory) < wanted and request.wait:
+        if machine.bring_online(wanted, memory) < wanted and request.wait:
             async with asyncio.timeout(self._settings.hotplug_timeout_s):
-                await self._uevents.until(lambda: machine.online_everything(memory) >= wanted)
+                await self._uevents.until(lambda: machine.bring_online(wanted, memory) >= wanted)
         return Empty()
 
     async def update_interface(
@@ -469,6 +470,10 @@ class AgentService:
 
     async def close_socket(self, request: kata_py_agent_pb2.CloseSocketRequest, call: Call) -> Empty:
         self._sandbox.host_sockets.close(request.name)
+        return Empty()
+
+    async def limit_processors(self, request: kata_py_agent_pb2.LimitProcessorsRequest, call: Call) -> Empty:
+        machine.take_offline(request.online)
         return Empty()
 
 

@@ -191,7 +191,7 @@ class VmSpec:
 
     vcpus: int = 1
     max_vcpus: int = 0
-    """Limit for hotplug; written only when greater than `vcpus`."""
+    """How many processors there may be later; of use only when greater than `vcpus`."""
     memory_mib: int = 256
     memory_slots: int = 0
     max_memory_mib: int = 0
@@ -274,3 +274,12 @@ class VmSpec:
     debug: bool = False
     """Let the guest kernel talk on the console."""
     qmp: QmpTimeouts = field(default_factory=QmpTimeouts)
+
+    @property
+    def parks_vcpus(self) -> bool:
+        """Whether all processors that there may be are there from the start, and the guest begins with `vcpus` of them.
+
+        An emulator's threads share one buffer for translated code. QEMU ends itself when a processor comes while all of
+        the buffer is in somebody's hands, which the boot leads to, and also when one comes after another has gone.
+        """
+        return self.accel == "tcg" and self.max_vcpus > self.vcpus and self.protection is None

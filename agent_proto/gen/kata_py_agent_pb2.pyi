@@ -377,3 +377,23 @@ class CloseSocketRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CloseSocketRequest: _TypeAlias = CloseSocketRequest  # noqa: Y015
+
+@_typing.final
+class LimitProcessorsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ONLINE_FIELD_NUMBER: _builtins.int
+    online: _builtins.int
+    """the first one always stays"""
+    def __init__(
+        self,
+        *,
+        online: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["online", b"online"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LimitProcessorsRequest: _TypeAlias = LimitProcessorsRequest  # noqa: Y015

@@ -165,9 +165,9 @@ def _machine(spec: VmSpec, arch: Arch) -> Iterator[args.Switch]:
     grows = spec.max_vcpus > spec.vcpus and spec.protection is None
     processors = spec.max_vcpus if grows else spec.vcpus
     yield args.Smp(
-        cpus=spec.vcpus,
+        cpus=processors if spec.parks_vcpus else spec.vcpus,
         sockets=processors if spec.numa else None,
-        maxcpus=processors if grows else None,
+        maxcpus=processors if grows and not spec.parks_vcpus else None,
     )
     machine = spec.machine_type or arch.machine
     props = arch.machine_props[spec.accel] if machine == arch.machine else ""

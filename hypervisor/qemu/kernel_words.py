@@ -58,6 +58,7 @@ def kernel_command_line(spec: VmSpec, arch: Arch) -> str:
         ),
         *(arch.iommu.kernel_words if spec.iommu and arch.iommu is not None else ()),
         *_growth_words(spec, arch),
+        *((f"maxcpus={spec.vcpus}",) if spec.parks_vcpus else ()),
         *_agent_words(spec),
     ]
     words = merged(words, split(spec.kernel_params))

@@ -8,15 +8,18 @@ machine changes for the first time.
 from __future__ import annotations
 
 import asyncio
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from hypervisor.arch import arch_named
-from hypervisor.errors import HotplugRefused, HypervisorError
+from hypervisor.errors import HotplugRefused, HypervisorError, QmpRefused
 from hypervisor.qemu import commands
 from hypervisor.qemu.events import AcpiDeviceOst, MemorySizeChanged
 from hypervisor.qemu.room import BLOCK_MIB, room_mib
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hypervisor.qemu.events import Event
     from hypervisor.qemu.qmp import Monitor
     from hypervisor.spec import VmSpec
@@ -27,23 +30,32 @@ VIRTIO_MEM = "virtio-mem0"
 _MIB = 2**20
 _PERIPHERAL = "/machine/peripheral/"
 _CPU, _DIMM, _BACKEND = "cpu-", "dimm-", "memory-"
+_CPU_REMEDY = "lower the containers' CPU limits, or set default_vcpus to what is needed"
+_MEMORY_REMEDY = (
+    "free memory of the host, its huge pages where the guest's memory is made of them, "
+    "or lower the containers' memory limits"
+)
+_SLOT_REMEDY = "set memory_slots higher, or default_memory to what is needed"
 # ACPI 6.5, table 6-11: what a status is about. A device was found on a bus, or by itself.
 _INSERTIONS = (0, 1)
 
 
 class Resizing:
-    """Changes the size of one machine, one change at a time: the caller sees to that."""
+    """Changes the size of one machine. Of each kind one growth at a time, and one shrinking: the caller sees to that.
+    Processors may come while others are still about to go."""
 
     def __init__(self, spec: VmSpec, monitor: Monitor) -> None:
         self._spec = spec
         self._arch = arch_named(spec.arch)
         self._monitor = monitor
+        self._leaving: dict[str, int] = {}
 
     @property
     def most_vcpus(self) -> int:
         """How many processors the machine can have."""
         plugs = self._arch.plugs_vcpus and self._spec.protection is None
-        return max(self._spec.vcpus, self._spec.max_vcpus) if plugs else self._spec.vcpus
+        more = plugs or self._spec.parks_vcpus
+        return max(self._spec.vcpus, self._spec.max_vcpus) if more else self._spec.vcpus
 
     @property
     def most_memory_mib(self) -> int:
@@ -56,7 +68,6 @@ class Resizing:
         if not self._arch.unplugs_vcpus:
             return f"{self._arch.name} machines let no processor go"
         if self._spec.accel == "tcg":
-            # The processor's thread has a place in QEMU's translator for good; taken by another it ends QEMU.
             return "QEMU has no way to take back a processor that it emulates"
         return ""
 
@@ -65,13 +76,14 @@ class Resizing:
         return len(await commands.query_cpus_fast(self._monitor))
 
     async def grow_vcpus(self, total: int) -> int:
-        """Plug processors in until there are `total`, at most `most_vcpus`; the guest still has to bring them online.
-        Returns how many there are.
+        """Plug processors in until there are `total`, at most `most_vcpus`, beside those that are about to go; the
+        guest still has to bring them online. Returns how many there are.
 
         Raises:
-            QmpError: QEMU refused, or is gone.
+            HotplugRefused: QEMU refused.
+            QmpError: QEMU is gone.
         """
-        there = await self.vcpus()
+        there = await self.vcpus() - sum(self._leaving.values())
         places = [
             *reversed(await commands.query_hotpluggable_cpus(self._monitor))
         ]  # QEMU tells the last one first
@@ -79,7 +91,9 @@ class Resizing:
             if there >= total:
                 break
             if place.qom_path is None:
-                await commands.device_add(self._monitor, place.type, f"{_CPU}{index}", place.props)
+                name = f"{_CPU}{index}"
+                with _refusal(f"cannot add processor {name} to the {there} of the machine", _CPU_REMEDY):
+                    await commands.device_add(self._monitor, place.type, name, place.props)
                 there += place.vcpus_count
         return there
 
@@ -96,7 +110,11 @@ class Resizing:
             if there - place.vcpus_count < total:
                 break
             if device.startswith(_CPU):
-                await commands.unplug(self._monitor, device)
+                self._leaving[device] = place.vcpus_count
+                try:
+                    await commands.unplug(self._monitor, device)
+                finally:
+                    del self._leaving[device]
                 there -= place.vcpus_count
         return there
 
@@ -105,8 +123,8 @@ class Resizing:
         until it has taken it.
 
         Raises:
-            HotplugRefused: the guest does not take it.
-            QmpError: QEMU refused, or is gone.
+            HotplugRefused: the guest does not take it, or QEMU does not give it.
+            QmpError: QEMU is gone.
         """
         wanted = min(self._in_blocks(total_mib, block_mib), self.most_memory_mib)
         if self._spec.virtio_mem:
@@ -161,7 +179,8 @@ class Resizing:
                 _set(filled, event.size)
 
         with self._monitor.listening(heard):
-            await self._set_requested(wanted_mib - self._spec.memory_mib)
+            with _refusal(f"cannot fill {VIRTIO_MEM} up to {wanted_mib} MiB of memory", _MEMORY_REMEDY):
+                await self._set_requested(wanted_mib - self._spec.memory_mib)
             if await self.memory_mib() < wanted_mib:
                 await self._told(filled, f"cannot add memory up to {wanted_mib} MiB")
 
@@ -182,17 +201,20 @@ class Resizing:
             ):
                 _set(taken, event.info.status)
 
-        await commands.object_add(self._monitor, kind, backend, properties)
+        what = f"cannot add {size_mib} MiB of memory"
+        with _refusal(f"{what} ({backend}, {kind})", _MEMORY_REMEDY):
+            await commands.object_add(self._monitor, kind, backend, properties)
         with self._monitor.listening(heard):
             try:
-                await commands.device_add(self._monitor, "pc-dimm", dimm, {"memdev": backend})
+                with _refusal(f"{what} ({dimm})", _SLOT_REMEDY):
+                    await commands.device_add(self._monitor, "pc-dimm", dimm, {"memdev": backend})
             except HypervisorError:
                 await commands.object_del(self._monitor, backend)
                 raise
-            status = await self._told(taken, f"cannot add {size_mib} MiB of memory")
+            status = await self._told(taken, what)
         if status:
             raise HotplugRefused(
-                f"cannot add {size_mib} MiB of memory: the guest refused it (ACPI status {status:#x}); "
+                f"{what}: the guest refused it (ACPI status {status:#x}); "
                 "its kernel needs memory hotplug, or set default_memory to what is needed"
             )
 
@@ -214,6 +236,15 @@ class Resizing:
                 "its kernel needs memory hotplug, or set default_memory to what is needed"
             )
         return answer.result()
+
+
+@contextmanager
+def _refusal(what: str, remedy: str) -> Iterator[None]:
+    """QEMU's refusal says what it did not do, and why; whoever reads it also has to know what to do."""
+    try:
+        yield
+    except QmpRefused as err:
+        raise HotplugRefused(f"{what}: {err}; {remedy}") from err
 
 
 def _is_ours(device: commands.MemoryDevice) -> bool:

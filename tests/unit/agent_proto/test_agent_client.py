@@ -93,6 +93,7 @@ CALLS: dict[str, tuple[str, float | None]] = {
     "ListenSocket": ("listen_socket", 7),
     "AcceptConnection": ("accept_connection", None),
     "CloseSocket": ("close_socket", 7),
+    "LimitProcessors": ("limit_processors", 7),
 }
 
 

@@ -30,12 +30,38 @@ def test_everything_comes_online(tmp_path: Path) -> None:
         tmp_path, cpu__cpu1__online="0\n", cpu__cpu2__online="1\n", cpu__cpufreq__online="0\n", cpu__online="0-1,3\n",
         memory__memory7__state="offline\n", memory__memory8__state="online\n",
     )  # fmt: skip
-    assert machine.online_everything(False, str(tmp_path)) == 3
+    assert machine.bring_online(0, False, str(tmp_path)) == 3
     assert (tmp_path / "cpu/cpu1/online").read_text() == "1"
     assert (tmp_path / "cpu/cpufreq/online").read_text() == "0\n"
     assert (tmp_path / "memory/memory7/state").read_text() == "offline\n"
-    machine.online_everything(True, str(tmp_path))
+    machine.bring_online(3, True, str(tmp_path))
     assert (tmp_path / "memory/memory7/state").read_text() == "online"
+
+
+@pytest.mark.parametrize(
+    ("most", "left", "online"),
+    [
+        (2, 4, "0001"),
+        (3, 4, "1001"),
+        (4, 4, "1101"),
+        (5, 4, "1111"),
+        (9, 4, "1111"),
+        (0, 4, "1111"),
+        (0, 3, "1110"),
+        (0, 0, "0000"),
+    ],
+)
+def test_processors_are_parked_and_come_back(tmp_path: Path, most: int, left: int, online: str) -> None:
+    """The first one has no such file on most machines; the last one's number has two digits."""
+    names = ("cpu1", "cpu2", "cpu9", "cpu10")
+    for name, state in zip(names, "0001", strict=True):
+        write(tmp_path / "cpu" / name, online=f"{state}\n")
+    write(tmp_path / "cpu" / "cpu0", topology="")
+    write(tmp_path / "cpu", online="0,4\n")
+    assert machine.bring_online(most, False, str(tmp_path)) == 2  # what the kernel's file says
+    (tmp_path / "cpu/online").write_text("0-4\n")
+    machine.take_offline(left + 1, str(tmp_path))
+    assert "".join((tmp_path / "cpu" / name / "online").read_text().strip() for name in names) == online
 
 
 def test_memory_blocks(tmp_path: Path) -> None:

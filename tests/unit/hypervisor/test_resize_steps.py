@@ -80,8 +80,9 @@ def ost(status: int, source: int = 1, device: str = "dimm-0") -> tuple[str, dict
         ({"memory_slots": 0}, (3, 256)),
         ({"memory_slots": 0, "virtio_mem": True, "max_memory_mib": 500}, (3, 384)),
         ({"max_memory_mib": 100}, (3, 256)),
-        ({"arch": "aarch64"}, (1, 256)),
-        ({"arch": "aarch64", "virtio_mem": True}, (1, 1024)),
+        ({"arch": "aarch64"}, (3, 256)),
+        ({"arch": "aarch64", "accel": "kvm"}, (1, 256)),
+        ({"arch": "aarch64", "accel": "kvm", "virtio_mem": True}, (1, 1024)),
         ({"arch": "s390x"}, (3, 256)),
     ],
 )
@@ -166,9 +167,55 @@ async def test_a_module_that_the_guest_does_not_take(monkeypatch: pytest.MonkeyP
 
 async def test_a_module_that_qemu_refuses_leaves_nothing() -> None:
     monitor = Monitor(device_add=QmpRefused("device_add", "GenericError", "no slots"))
-    with pytest.raises(QmpRefused, match="no slots"):
+    with pytest.raises(
+        HotplugRefused, match=r"cannot add 128 MiB of memory \(dimm-0\): .* no slots .*; set memory_slots"
+    ):
         await resizing(monitor).grow_memory(384)
     assert monitor.asked[-1] == ("object-del", {"id": "memory-0"})
+
+
+@pytest.mark.parametrize(
+    ("command", "changed", "words"),
+    [
+        (
+            "object-add",
+            {},
+            r"cannot add 128 MiB of memory \(memory-0, memory-backend-memfd\): .*; free memory of the host",
+        ),
+        (
+            "qom-set",
+            {"virtio_mem": True},
+            "cannot fill virtio-mem0 up to 384 MiB of memory: .*; free memory of the host",
+        ),
+        (
+            "device_add",
+            {},
+            "cannot add processor cpu-1 to the 1 of the machine: .*; lower the containers' CPU limits",
+        ),
+    ],
+)
+async def test_what_qemu_refuses_is_told_with_a_remedy(
+    command: str, changed: dict[str, Any], words: str
+) -> None:
+    monitor = Monitor(**{"query-hotpluggable-cpus": PLACES})
+    monitor.answers[command] = QmpRefused(command, "GenericError", "it will not")
+    grows = resizing(monitor, **changed)
+    with pytest.raises(HotplugRefused, match=words):
+        await (grows.grow_vcpus(2) if command == "device_add" else grows.grow_memory(384))
+
+
+async def test_one_comes_while_another_is_about_to_go() -> None:
+    plugged = [PLACES[0], {**PLACES[1], "qom-path": "/machine/peripheral/cpu-1"}, PLACES[2]]
+    monitor = Monitor(**{"query-hotpluggable-cpus": plugged, "query-cpus-fast": [cpu(0), cpu(1)]})
+    ours = resizing(monitor)
+    going = asyncio.create_task(ours.shrink_vcpus(1))
+    while ("device_del", {"id": "cpu-1"}) not in monitor.asked:
+        await asyncio.sleep(0)
+    assert await ours.grow_vcpus(2) == 2
+    assert monitor.asked[-1] == ("device_add", {"driver": "c", "id": "cpu-2", "core-id": 2})
+    monitor.says["query-cpus-fast"] = ("DEVICE_DELETED", {"device": "cpu-1", "path": "/"})
+    await ours.vcpus()
+    assert await going == 1
 
 
 async def test_memory_without_a_way_back_stays() -> None:
