@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     """Begins some work, which is given a name, and does not wait for it."""
 
 
+async def apart(work: Callable[[], None]) -> None:
+    """Do work that blocks, in a thread that is there no longer than it takes. Cancelled or not, it has been done when
+    this returns. Raises what it raises."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as thread:
+        await asyncio.get_running_loop().run_in_executor(thread, work)
+
+
 class Background:
     """Work that nobody waits for; it tells of its failures itself."""
 

@@ -13,6 +13,7 @@ import json
 import time
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from shim.passthrough import PodDevices
     from shim.pod import Pod
     from shim.serve import HostState
+    from shim.sizing import Sizing
 
 log = structlog.get_logger()
 
@@ -224,6 +226,7 @@ class Boot:
         """
         if not self.config.runtime.sandbox_cgroup_only:
             return
+        from shim.background import apart
         from shim.host_cgroup import path_of
 
         named = self.pod.cgroup
@@ -232,13 +235,32 @@ class Boot:
                 log.warning("pod_without_cgroup", reason="its spec has no cgroupsPath")
                 return
             group = self._host.own_cgroup(path)
-            await asyncio.to_thread(group.create)
-            await asyncio.to_thread(group.join, [*machine.pids.values()])
+            await apart(partial(group.create_and_join, [*machine.pids.values()]))
         except (OSError, ValueError) as err:
             raise HostUnsupported(
                 f"sandbox_cgroup_only: cannot move into the pod's control group {named}: {err}; "
                 "make it possible, or set sandbox_cgroup_only = false"
             ) from err
+
+    async def divide(self, machine: Machine, sizing: Sizing) -> None:
+        """Without `sandbox_cgroup_only`: the machine's processors live in the pod's control group from now on, and all
+        else of the sandbox in one for overhead. A host where that cannot be done runs pods as well, but does not count
+        what they use."""
+        if self.config.runtime.sandbox_cgroup_only:
+            return
+        from shim.background import apart
+        from shim.host_cgroup import overhead_path, path_of
+
+        named = self.pod.cgroup
+        try:
+            group = self._host.own_cgroup(path_of(named), overhead_path(named, self._sandbox_id))
+            await apart(partial(group.create_and_join, [*machine.pids.values()]))
+            await sizing.keep_in(group, self._sandbox_id, self.pod.resources.memory_bytes)
+        except (OSError, ValueError, HypervisorError) as err:
+            log.warning(
+                "sandbox_not_in_its_cgroups",
+                error=f"{err}; what it uses is not counted as its pod's, and not limited by the pod's limits",
+            )
 
     def _record_settings(self) -> None:
         from config.show import encode

@@ -68,7 +68,7 @@ class RunningGuest:
         self.agent = agent
         self.guest = Guest(agent, machine.pid, _liveness(config, agent, machine))
         self.network = boot.network
-        self.sizing = Sizing(machine, agent, config, in_background)
+        self.sizing = Sizing(machine, self.guest, config, in_background)
         # A confidential guest takes no time from the host.
         self.clock = None if config.hypervisor.confidential_guest else GuestClock(agent)
         self.names = Names(agent, boot.network, in_background)
@@ -76,11 +76,20 @@ class RunningGuest:
         self.host_sockets = HostSockets(self.guest, machine.vsock, in_background)
         self.disks = Disks(machine, host_mounts)
         self.swap = GuestSwap(machine, agent, config.hypervisor.guest_swap_path)
+        # The kernel takes some milliseconds for it, which the first container needs for other things.
+        self._dividing = asyncio.create_task(
+            boot.divide(machine, self.sizing), name="divide among control groups"
+        )
         self._resources = resources
+
+    async def divided(self) -> None:
+        """Wait until the sandbox is in its control groups on the host, or cannot be."""
+        await asyncio.wait([self._dividing])
 
     async def retire(self, *, write_out: bool) -> None:
         """Nothing of the host is followed any more. With `write_out` the guest writes to its disks what containers that
         still run have written, as a machine does that is shut down. What runs in the background has ended."""
+        self._dividing.cancel()
         self.mirrors.close()
         await self.disks.aclose()
         if not write_out or not self.disks.writes():

@@ -35,7 +35,7 @@ def clean_up(sandbox_id: str, *, keep_socket: str = "") -> None:
         if owner.socket != keep_socket:
             failures += _failure(_unlink, owner.socket)
         failures += _failure(_forget_network, *owner.network)
-        failures += _failure(_remove_cgroup, owner.cgroup)
+    failures += _failure(_remove_cgroup, owner.cgroup if owner is not None else overhead_of(sandbox_id))
     failures += _failure(_remove_directory, paths.shared_dir(sandbox_id))
     if failures:
         raise failures[0]  # and the record stays for whoever tries again
@@ -71,6 +71,17 @@ def _remove_cgroup(folders: list[str]) -> None:
 
         empty(folders, _KILL_WAIT_S)
         remove(folders)
+
+
+def overhead_of(sandbox_id: str) -> "list[str]":
+    """The folders of the control group for overhead of a sandbox whose record is lost, with those of all such groups.
+    Mostly there are none: this runs after each sandbox that ended as it should."""
+    tops = [paths.CGROUP_ROOT]
+    with contextlib.suppress(OSError):
+        tops += [f"{tops[0]}/{name}" for name in os.listdir(tops[0])]
+    groups = [top + group for group in paths.overhead_groups(sandbox_id) for top in tops]
+    found = [group for group in groups if os.path.isdir(group)]
+    return found + [os.path.dirname(group) for group in found]
 
 
 def _kill_all(processes: list[tuple[int, int]]) -> None:

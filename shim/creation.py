@@ -202,6 +202,7 @@ class Creation:
         await running.names.serve_for(self._bundle, boot.pod)
         await hooks.create(running.network.netns)
         await self._call_agent(message, running, disks)
+        await running.divided()
         return Container(
             self._id,
             self._bundle.path,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # 128 + SIGKILL: what containerd reports for a task whose shim died before telling its exit status.
 _EXIT_STATUS = 137
+# Of version 2, and that hierarchy of version 1 which every host has.
+_CGROUPS = (paths.CGROUP_ROOT, f"{paths.CGROUP_ROOT}/cpu")
 
 
 def delete(flags: "Flags") -> bytes:
@@ -29,7 +31,8 @@ def delete(flags: "Flags") -> bytes:
         raise ValueError(f"need -id, got {flags.id!r}")
     # A container of a pod has nothing on the host that is not the sandbox's: the pod's shim, or the clean-up of the
     # sandbox itself, sees to it.
-    if _exists(paths.run_dir(flags.id)) or _exists(paths.shared_dir(flags.id)):
+    groups = (top + group for top in _CGROUPS for group in paths.overhead_groups(flags.id))
+    if any(map(_exists, (paths.run_dir(flags.id), paths.shared_dir(flags.id), *groups))):
         from shim.cleanup import clean_up
 
         clean_up(flags.id)

@@ -16,6 +16,9 @@ INITDATA_FILE = "initdata.image"
 # Kata's own place for the directories that the guest sees, so that its tools find them.
 SHARED_ROOT = "/run/kata-containers/shared/sandboxes"
 
+# Of version 2; of version 1 its folders are hierarchies.
+CGROUP_ROOT = "/sys/fs/cgroup"
+
 # The annotations that say whether a container is a pod's sandbox or joins one, and which one it joins:
 # containerd's CRI plugin, CRI-O, dockershim. The first that is present decides.
 POD_ANNOTATIONS = (
@@ -33,6 +36,12 @@ def run_dir(sandbox_id: str) -> str:
 def shared_dir(sandbox_id: str) -> str:
     """Parent of `rw` (where things are mounted) and `ro` (the view of it that the guest gets)."""
     return f"{SHARED_ROOT}/{sandbox_id}"
+
+
+def overhead_groups(sandbox_id: str) -> "tuple[str, str]":
+    """The control groups for what a sandbox costs beside its pod, below each hierarchy, called as Kata calls them:
+    where groups are named plainly, and where they have systemd's names."""
+    return f"/kata_overhead/{sandbox_id}", f"/kata-overhead.slice/kata-py-{sandbox_id}.scope"
 
 
 def make_dir(path: str) -> None:

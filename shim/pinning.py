@@ -44,9 +44,11 @@ class Pinning:
         self._qemu_pid = qemu_pid
         self._pinned: dict[int, int] = {}
 
-    def apply(self, threads: Sequence[int], cpus: Collection[int]) -> None:
-        """Keep each thread on a CPU of its own when there are as many of both; else let all of them go."""
-        wanted = dict(zip(threads, sorted(cpus), strict=False)) if len(threads) == len(cpus) else {}
+    def apply(self, threads: Sequence[int], cpus: Collection[int], used: int | None = None) -> None:
+        """Keep each thread on a CPU of its own when there are as many of both; else let all of them go. The guest uses
+        only the first ones when `used` says how many."""
+        busy = threads[:used]
+        wanted = dict(zip(busy, sorted(cpus), strict=False)) if len(busy) == len(cpus) else {}
         if wanted == self._pinned:
             return
         try:

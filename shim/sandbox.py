@@ -121,7 +121,7 @@ class Sandbox:
 
     async def wait_until_up(self) -> None:
         """Wait for what `bring_up` began. Raises GuestUnreachable, HypervisorError, RpcError (the agent)."""
-        await self._guest()
+        await (await self._guest()).divided()
 
     async def create_container(self, request: CreateRequest) -> Container:
         """Make a container in the guest; the first waits for the guest to be up.

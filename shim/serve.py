@@ -86,12 +86,12 @@ class HostState:
         self._record.network = (str(netns), ifindexes)
         self._record.write(self.sandbox_id)
 
-    def own_cgroup(self, path: str) -> HostCgroup:
-        """The pod's control group, in the record before it is made."""
+    def own_cgroup(self, pod: str, overhead: str = "") -> HostCgroup:
+        """The control groups of the sandbox, in the record before they are made."""
         if self._cgroup is None:
             from shim.host_cgroup import HostCgroup
 
-            self._cgroup = HostCgroup(path)
+            self._cgroup = HostCgroup(pod, overhead)
             self._record.cgroup = self._cgroup.folders
             self._record.write(self.sandbox_id)
         return self._cgroup

@@ -234,8 +234,9 @@ class Qemu(Section, frozen=True):
             "now",
             "Most vCPUs that the machine can have. 0, or more than the host has, is all of the host's. Without "
             "`static_sandbox_resource_mgmt` the machine gets as many as the CPU limits of its containers ask for, and "
-            "loses those again that it does not need; arm64 has no such thing, s390x only the first half. Without KVM "
-            "there is room for what the pod's limits, or its first container's, ask for at the start, and none goes.",
+            "loses those again that it does not need; s390x has only the first half, arm64 with KVM neither. Without "
+            "KVM the machine has from the start what its pod's limits, or first container's, ask for, and the guest "
+            "uses as many of them as it needs.",
             hint="256 is the most that the machine supports",
         ),
     ] = 0

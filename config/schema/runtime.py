@@ -87,7 +87,8 @@ class Runtime(Section, frozen=True):
             "now",
             "Keep every host process of a sandbox in the pod's control group, from the moment on that its guest is "
             "up: the limits that a kubelet sets for the pod, its overhead included, are then for QEMU as well. Else "
-            "they stay in the group that containerd starts shims in.",
+            "only the machine's vCPUs are there, and the rest is in the group `kata_overhead` without limits; see "
+            "docs/kubernetes.md.",
         ),
     ] = False
     static_sandbox_resource_mgmt: Annotated[

@@ -231,14 +231,15 @@ def mounts(containerd: Containerd) -> frozenset[str]:
     return frozenset(found)
 
 
-def cgroups(word: str) -> frozenset[str]:
-    """Control groups, in all hierarchies, whose path contains the word: others come and go."""
+def cgroups(containerd: Containerd) -> frozenset[str]:
+    """Control groups, in all hierarchies, of the containers: others come and go."""
+    word, ids = containerd.cgroup_parent, containerd.ids
     return frozenset(
         folder
         for folder, _, _ in os.walk(CGROUPS)
         # The last part alone: `ctr` puts containers into /<namespace>/<container>, and the first of these
         # folders belongs to all containers of the namespace.
-        if word in folder and Path(folder).name != word
+        if (word in folder and Path(folder).name != word) or any(id_ in folder for id_ in ids)
     )
 
 
@@ -314,7 +315,7 @@ class HostState:
         return cls(
             processes=frozenset(f"{pid} {name}" for pid, name in running.items()),
             mounts=mounts(containerd),
-            cgroups=cgroups(containerd.cgroup_parent),
+            cgroups=cgroups(containerd),
             entries=sandbox_entries(containerd) | named_entries(containerd.namespace) | common_entries(),
             loops=loops(containerd),
             objects=containerd.objects(),

@@ -1,4 +1,4 @@
-"""`sandbox_cgroup_only`: the host's side of a sandbox in the pod's control group, and nothing left of that."""
+"""The host's side of a sandbox in its control groups, with and without `sandbox_cgroup_only`; nothing of it is left."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.integration.cri.kubelet import eventually
 from tests.integration.faults import parts
 
 if TYPE_CHECKING:
@@ -45,4 +46,68 @@ def test_all_of_it_is_in_the_pods_group(containerd: Containerd, crashes: bool) -
             os.kill(running["shim"], signal.SIGKILL)
     finally:
         # The fixture compares the host's control groups with those before.
+        containerd.remove(container)
+
+
+def group(name: str, path: str) -> Path:
+    """The folder of a control group, of version 1 in this hierarchy."""
+    root = Path("/sys/fs/cgroup")
+    return (root if unified() else root / name) / path.lstrip("/")
+
+
+def numbers(file: Path) -> set[int]:
+    return {int(word) for word in file.read_text().split()}
+
+
+def cpu_ns(folder: Path) -> int:
+    """What a group and those below it have used of the processors."""
+    if unified():
+        return 1000 * int((folder / "cpu.stat").read_text().split()[1])
+    return int((folder / "cpuacct.usage").read_text())
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+def test_processors_are_in_the_pods_group_and_the_rest_is_overhead(
+    containerd: Containerd, crashes: bool
+) -> None:
+    container = containerd.start("sh", "-c", "while :; do :; done")
+    pod, overhead = f"/{containerd.namespace}/{container}", f"/kata_overhead/{container}"
+    try:
+        running = parts(container)
+        rest = {pid for name, pid in running.items() if name != "qemu" or not unified()}
+        assert numbers(group("memory", overhead) / "cgroup.procs") == rest
+        if unified():
+            assert numbers(group("", pod) / "cgroup.procs") == {running["qemu"]}
+        else:
+            threads = {int(name) for name in os.listdir(f"/proc/{running['qemu']}/task")}
+            for name in ("cpu", "cpuacct", "cpuset"):
+                processors = numbers(group(name, pod) / "tasks")
+                assert processors
+                assert processors < threads
+                assert numbers(group(name, overhead) / "tasks") >= threads - processors
+            assert not group("memory", pod).exists()
+        used = cpu_ns(group("cpuacct", pod))
+        eventually(
+            lambda: cpu_ns(group("cpuacct", pod)) > used + 100_000_000, "what the container uses is counted"
+        )
+        if crashes:
+            os.kill(running["shim"], signal.SIGKILL)
+    finally:
+        # The fixture compares the host's control groups with those before.
+        containerd.remove(container)
+    # After a crash containerd does not wait for `delete`. Others may have their groups there.
+    eventually(lambda: not group("memory", overhead).exists(), "the group for overhead is gone")
+
+
+def test_a_containers_own_limits_hold_for_the_processors(containerd: Containerd) -> None:
+    """Nobody else sets them where there is no pod. In the guest there is the container's own group, as always."""
+    container = containerd.start("sleep", "1000", options=["--cpus", "0.5"])
+    pod = f"/{containerd.namespace}/{container}"
+    try:
+        if unified():
+            assert (group("", pod) / "cpu.max").read_text() == "50000 100000\n"
+        else:
+            words = [(group("cpu", pod) / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")]
+            assert words == ["50000\n", "100000\n"]
+    finally:
         containerd.remove(container)

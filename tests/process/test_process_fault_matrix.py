@@ -203,7 +203,7 @@ async def test_the_shim_dies(
             await host.ended(pid)
     await found.refusals()
     left = [line for line in host_watch.leftovers() if "sleep 100" not in line]
-    assert left == [
+    assert [line for line in left if not line.startswith("control group ")] == [
         f"path {host.RUN_ROOT / name}",
         f"path {host.SHARED_ROOT / name}",
         f"path {containerd.socket_of(name)}",

@@ -170,7 +170,7 @@ class HostWatch:
         lines += [
             f"empty folder {path}" for path in self._missing if path.is_dir() and not any(path.iterdir())
         ]
-        return lines
+        return lines + [f"control group {path}" for path in self._cgroups()]
 
     def clear(self) -> None:
         """Remove what a failed test left: its processes first, then its files, unless something is mounted there."""
@@ -180,6 +180,21 @@ class HostWatch:
                 shutil.rmtree(place, ignore_errors=True)
         for socket in self._sockets:
             socket.unlink(missing_ok=True)
+        for folder in self._cgroups():
+            folder.rmdir()
+            with suppress(OSError):  # others have theirs there
+                folder.parent.rmdir()
+
+    def _cgroups(self) -> list[Path]:
+        """Of the ids, in any hierarchy: those for overhead, and those that the specifications name."""
+        folders = [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").glob("*/")]
+        return [
+            folder / parent / name
+            for folder in folders
+            for parent in ("kata_overhead", "kata-py-tests")
+            for name in sorted(self._ids)
+            if (folder / parent / name).is_dir()
+        ]
 
     def _places(self) -> list[Path]:
         return [root / name for root in (RUN_ROOT, SHARED_ROOT) for name in sorted(self._ids)]

@@ -45,7 +45,9 @@ def _converse(connection: socket.socket, death: int | None) -> None:
     for request in _requests(connection):
         if death is not None and request["execute"] == "qmp_capabilities":
             os.kill(os.getpid(), death)
-        answer = {"status": "running"} if request["execute"] == "query-status" else {}
+        answer: object = {"status": "running"} if request["execute"] == "query-status" else {}
+        if request["execute"] == "query-cpus-fast":
+            answer = [{"cpu-index": 0, "thread-id": os.getpid(), "qom-path": "/machine/cpu0"}]
         say({"return": answer, "id": request.get("id")})
 
 

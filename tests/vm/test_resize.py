@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import re
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from agent_proto.gen import agent_pb2
 from config.schema import Config, Qemu
 from hypervisor.qemu import commands
 from hypervisor.qemu.events import BalloonChanged, MemorySizeChanged
+from shim.guest import Guest as ShimGuest
+from shim.liveness import Liveness
 from shim.sizing import Demand, Sizing
 from tests.vm.guest import MARKS, PATIENCE_S, running_guest
 from tests.vm.test_hotplug import inventory
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from hypervisor.qemu.events import Event
@@ -74,20 +80,49 @@ async def test_virtio_mem_and_processors(tmp_path: Path) -> None:
             await size_reached(guest, 0)
         assert await inventory(machine.monitor, machine.pid) == before
         assert await memory_kib(guest) == at_boot
-        # Processors last: emulated ones stay. The shim's own policy has them come online.
-        tasks: list[asyncio.Task[None]] = []
-        config = Config(hypervisor=Qemu(default_memory=256))
-        sizing = Sizing(machine, guest.agent, config, lambda work, _: tasks.append(asyncio.create_task(work)))
-        assert await online(guest) == b"0"
-        await sizing.make_room("a", Demand(150_000, 100_000, memory_bytes=300 * MIB))
-        assert await online(guest) == b"0-1"
-        assert await memory_kib(guest) == at_boot + 128 * 1024
-        sizing.forget("a")
+        # What the shim does: memory and processors come online.
+        async with follows(guest, default_memory=256) as (sizing, settled):
+            assert await online(guest) == b"0"
+            await sizing.make_room("a", Demand(150_000, 100_000, memory_bytes=300 * MIB))
+            assert await online(guest) == b"0-1"
+            assert await memory_kib(guest) == at_boot + 128 * 1024
+            sizing.forget("a")
+            await settled()
+            await size_reached(guest, 0)
+            assert await online(guest) == b"0"
+        assert await resizing.grow_vcpus(9) == 2  # all that there is room for
+
+
+@asynccontextmanager
+async def follows(guest: Guest, **qemu: Any) -> AsyncIterator[tuple[Sizing, Callable[[], Awaitable[None]]]]:
+    """The shim's policy for this machine, and a call that has it give back and waits until it has."""
+    tasks: list[asyncio.Task[None]] = []
+    ours = ShimGuest(guest.agent, guest.machine.pid, Liveness(guest.agent, None, check_s=PATIENCE_S))
+    config = Config(hypervisor=msgspec.structs.replace(Qemu(), **qemu))
+    sizing = Sizing(guest.machine, ours, config, lambda work, _: tasks.append(asyncio.create_task(work)))
+
+    async def settled() -> None:
         sizing.give_back()
         await asyncio.gather(*tasks)
-        await size_reached(guest, 0)
-        assert await resizing.vcpus() == (2 if resizing.why_vcpus_stay else 1)
-        assert await resizing.grow_vcpus(9) == 2  # all that there is room for
+
+    yield sizing, settled
+    await asyncio.gather(*tasks)
+
+
+async def test_processors_come_and_go_again_and_again(tmp_path: Path) -> None:
+    """Where they cannot go they are parked: the guest's programs have as many as they may use, whichever it is."""
+    async with running_guest(tmp_path, changed={"max_vcpus": 4}) as guest:
+        await guest.agent.create_sandbox(agent_pb2.CreateSandboxRequest(sandbox_id="s"))
+        async with follows(guest, default_memory=256) as (sizing, settled):
+            for round in range(ROUNDS):
+                more = 2 + round % 3
+                await sizing.make_room("a", Demand(more * 100_000, 100_000))
+                assert await online(guest) == f"0-{more - 1}".encode()
+                sizing.forget("a")
+                await settled()
+                assert await online(guest) == b"0"
+        there = await guest.machine.resizing.vcpus()
+        assert there == (4 if guest.machine.resizing.why_vcpus_stay else 1)
 
 
 async def test_modules_and_a_balloon(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.integration.cri.gen import cri_pb2 as pb
+from tests.integration.cri.kubelet import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +27,7 @@ def machine(kubelet: Kubelet) -> Iterator[Pod]:
     """One virtual machine for all tests here, with the figures that a kubelet gives for the pod as a whole."""
     linux = pb.LinuxPodSandboxConfig(
         overhead=pb.LinuxContainerResources(cpu_shares=256, memory_limit_in_bytes=160 * MIB),
-        resources=pb.LinuxContainerResources(cpu_shares=512, cpu_period=100000, cpu_quota=50000,
+        resources=pb.LinuxContainerResources(cpu_shares=512, cpu_period=100000, cpu_quota=200000,
                                              memory_limit_in_bytes=128 * MIB),
     )  # fmt: skip
     with kubelet.pod("resources", linux=linux) as pod:
@@ -119,6 +122,47 @@ def test_the_machine_grows_when_the_limits_are_more_than_it_has(pod: Pod, cri: C
     added_kib = memory_kib(pod, container) - before_kib
     # In whole blocks of the guest's; the kernel's own part of what there was at the boot counts for the limit.
     assert added_kib in (128 * 1024, 256 * 1024)
+
+
+def test_the_pods_statistics_count_its_processors(pod: Pod, cri: Cri) -> None:
+    """They are those of the pod's control group on the host, in which the processors of the machine are."""
+    before = cri.pod_stats(pod.id).linux.cpu.usage_core_nano_seconds.value
+    pod.run("busy", ("sh", "-c", "while :; do :; done"))
+
+    def counted() -> bool:
+        return cri.pod_stats(pod.id).linux.cpu.usage_core_nano_seconds.value > before + 200_000_000
+
+    eventually(counted, "the pod's statistics count its processors")
+
+
+def test_cpusets_are_those_of_the_processors(pod: Pod, cri: Cri, pods_cgroup: str) -> None:
+    """As the kubelet's CPU manager hands them out, to containers that run."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs a host with two CPUs")
+    unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    folder = Path("/sys/fs/cgroup", *(() if unified else ("cpuset",)), pods_cgroup, pod.id)
+    container = pod.run("pinned")
+    last = max(os.sched_getaffinity(0))
+    cri.update(container, pb.LinuxContainerResources(cpuset_cpus=str(last)))
+    assert (folder / "cpuset.cpus").read_text() == f"{last}\n"
+    cri.remove(container)
+    before = "\n" if unified else (folder.parent / "cpuset.cpus").read_text()
+    eventually(
+        lambda: (folder / "cpuset.cpus").read_text() == before, "the processors may run anywhere again"
+    )
+
+
+def test_processors_come_and_go_with_the_limits(pod: Pod, cri: Cri) -> None:
+    """Again and again, also where QEMU emulates them; what a program asks for is what it may use."""
+    container = pod.run("scaled")
+    most = int(pod.exec(container, "sh", "-c", "ls -d /sys/devices/system/cpu/cpu[0-9]* | wc -l"))
+    if most < 2:
+        pytest.skip("the machine has no room for another processor")
+    for _ in range(20):
+        cri.update(container, pb.LinuxContainerResources(cpu_period=100000, cpu_quota=200000))
+        assert pod.exec(container, "nproc") == "2\n"
+        cri.update(container, pb.LinuxContainerResources(cpu_period=100000, cpu_quota=50000))
+        eventually(lambda: pod.exec(container, "nproc") == "1\n", "the machine shrinks")
 
 
 def memory_kib(pod: Pod, container: str) -> int:

@@ -183,12 +183,14 @@ class Host:
     def remember_helpers(self, pids: Mapping[str, int]) -> None:
         """Nobody has to find them."""
 
-    def own_cgroup(self, path: str) -> Host:
-        """Nothing is moved."""
-        self._seen.append(f"control group {path}")
+    def own_cgroup(self, pod: str, overhead: str = "") -> Host:
+        """Nothing is moved; and what is done beside the start, at any time, is not."""
+        if overhead:
+            raise OSError(30, "Read-only file system")
+        self._seen.append(f"control group {pod}")
         return self
 
-    def join(self, pids: list[int]) -> None:
+    def create_and_join(self, pids: list[int]) -> None:
         """Nothing is moved."""
 
     def remember_network(self, netns: Path, ifindexes: list[int]) -> None:

@@ -45,6 +45,7 @@ class Pods:
             devices=self.world.devices(**qemu),
             pod=Pod(),
             network=SimpleNamespace(netns=None, catch_up=self._nothing),
+            divide=self._nothing,
         )
         share = SimpleNamespace(
             add_rootfs=lambda *_: "/rootfs", rootfs=lambda _: folder / "rootfs", host_mounts=lambda *_: []

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from agent_proto.gen import agent_pb2
+from agent_proto.gen import agent_pb2, kata_py_agent_pb2
 from agent_proto.gen.oci_pb2 import LinuxCPU, LinuxHugepageLimit, LinuxMemory, LinuxResources
 from config.schema import Config, Qemu, Runtime
 from hypervisor.errors import HotplugRefused
 from shim.errors import InvalidRequest
+from shim.host_cgroup import Limits
 from shim.pinning import Pinning, cpus_of
 from shim.sizing import Demand, Sizing, demand_of, size_for
 from ttrpc import Code, RpcError
@@ -108,9 +109,10 @@ class World:
         self.most_vcpus, self.most_memory_mib = 8, 4096
         self.there = [1, 256]
         self.why_vcpus_stay = ""
+        self.extensions = False
         self.gives_memory = True
         self.block_bytes = 128 * MIB
-        self.resizing = self
+        self.resizing = self.agent = self
         self.exited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.tasks: list[asyncio.Task[None]] = []
         config = Config(
@@ -161,6 +163,12 @@ class World:
         assert request.mem_block_size
         return agent_pb2.GuestDetailsResponse(mem_block_size_bytes=self.block_bytes)
 
+    async def extended(self) -> bool:
+        return self.extensions
+
+    async def limit_processors(self, request: kata_py_agent_pb2.LimitProcessorsRequest) -> None:
+        self._do(f"park all but {request.online}")
+
     async def online_cpu_mem(self, request: agent_pb2.OnlineCPUMemRequest) -> None:
         self._do(f"online {request.nb_cpus}{' only' * request.cpu_only}")
 
@@ -176,13 +184,13 @@ async def test_the_machine_follows_its_containers() -> None:
     world.done.clear()
     world.sizing.forget("c")
     await world.shrunk()
-    assert world.done == ["vcpus 1"]
+    assert world.done == ["vcpus 2", "vcpus 1"]  # one at a time
     world.sizing.forget("d")
     world.sizing.forget("b")
     await world.shrunk()
-    assert world.done == ["vcpus 1", "memory 256 by 128"]
+    assert world.done[2:] == ["memory 256 by 128"]
     await world.shrunk()
-    assert world.done[2:] == []
+    assert world.done[3:] == []
 
 
 async def test_as_much_as_there_is_room_for(capture: list[Any]) -> None:
@@ -233,6 +241,186 @@ async def test_who_gives_up_leaves_no_half_of_a_growth(monkeypatch: pytest.Monke
     go_on.set()
     await world.shrunk()
     assert world.done == ["memory 300 by 128", "online 1", "memory 256 by 128"]
+
+
+class Slow:
+    """A step of the machine's that begins, and goes on when it is told to."""
+
+    def __init__(self, world: World, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go_on = asyncio.Event(), asyncio.Event()
+        self._step = getattr(world, step)
+        monkeypatch.setattr(world, step, self._slowly)
+
+    async def _slowly(self, *arguments: Any) -> Any:
+        self.begun.set()
+        await self.go_on.wait()
+        return await self._step(*arguments)
+
+
+async def test_nobody_waits_for_what_another_container_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    slow = Slow(world, "grow_memory", monkeypatch)
+    growing = asyncio.create_task(world.sizing.make_room("a", memory(300)))
+    await slow.begun.wait()
+    await world.sizing.make_room("b", Demand())
+    await world.sizing.make_room("c", cpus(50_000))
+    assert world.done == []
+    await world.sizing.make_room("c", cpus(200_000))  # nor for what is of another kind
+    assert world.done == ["vcpus 2", "online 2 only"]
+    slow.go_on.set()
+    await growing
+    assert world.done[2:] == ["memory 300 by 128", "online 2"]
+
+
+async def test_nobody_waits_for_a_guest_that_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    await world.sizing.make_room("a", cpus(300_000))
+    world.sizing.forget("a")
+    slow = Slow(world, "shrink_vcpus", monkeypatch)
+    world.sizing.give_back()
+    await slow.begun.wait()
+    world.done.clear()
+    await world.sizing.make_room("b", cpus(200_000))  # has room beside the one that is about to go
+    assert world.done == []
+    await world.sizing.make_room("c", cpus(100_000))
+    assert world.done == ["vcpus 3", "online 3 only"]
+    slow.go_on.set()
+    await asyncio.gather(*world.tasks)
+    # What has gone meanwhile comes back: the containers are promised three.
+    assert world.done[2:] == ["vcpus 2", "vcpus 3", "online 3 only"]
+
+
+async def test_two_that_need_memory_get_it_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    slow = Slow(world, "grow_memory", monkeypatch)
+    first = asyncio.create_task(world.sizing.make_room("a", memory(300)))
+    await slow.begun.wait()
+    second = asyncio.create_task(world.sizing.make_room("b", memory(200)))
+    await asyncio.sleep(0)
+    slow.go_on.set()
+    await asyncio.gather(first, second)
+    assert [step for step in world.done if step.startswith("memory")] == [
+        "memory 300 by 128",
+        "memory 500 by 128",
+    ]
+
+
+async def test_processors_that_cannot_go_are_parked() -> None:
+    world = World()
+    world.why_vcpus_stay, world.extensions = "they do not", True
+    for _ in range(2):
+        world.done.clear()
+        await world.sizing.make_room("a", cpus(300_000))
+        assert world.done == ["vcpus 3", "online 3 only"]
+        world.sizing.forget("a")
+        await world.shrunk()
+        assert world.done[2:] == ["park all but 1"]
+    await world.sizing.make_room("a", cpus(200_000))
+    assert world.done[-1] == "online 2 only"
+
+
+async def test_a_guest_that_parks_none_keeps_them(
+    capture: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that has our extensions, but an older version of them."""
+    world = World()
+    world.why_vcpus_stay, world.extensions = "they do not", True
+
+    async def refused(request: object) -> None:
+        raise RpcError(Code.UNIMPLEMENTED, "no such method")
+
+    monkeypatch.setattr(world, "limit_processors", refused)
+    await world.sizing.make_room("a", cpus(300_000))
+    world.sizing.forget("a")
+    await world.shrunk()
+    assert [line["event"] for line in capture if line["log_level"] == "warning"] == ["machine_stays_bigger"]
+    world.done.clear()
+    await world.sizing.make_room("a", cpus(300_000))
+    assert world.done == []
+
+
+class Group:
+    """The pod's control group on the host: what it is told."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.told: list[Any] = []
+        self.failure: OSError | None = None
+        self._limit = limit
+
+    def memory_limit(self) -> int | None:
+        return self._limit
+
+    def hold(self, qemu: int, threads: list[int], limits: Limits) -> None:
+        self.told.append((threads, limits))
+        if self.failure is not None:
+            raise self.failure
+
+
+def with_threads(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's processors are threads from 100 on."""
+    from hypervisor.qemu import commands
+
+    async def all_of_them(monitor: object) -> list[Any]:
+        return [SimpleNamespace(cpu_index=n, thread_id=100 + n) for n in range(world.there[0])]
+
+    world.monitor = None  # type: ignore[attr-defined]
+    monkeypatch.setattr(commands, "query_cpus_fast", all_of_them)
+
+
+async def test_processors_are_kept_in_the_pods_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, group = World(overhead_vcpus=0.1), Group()
+    with_threads(world, monkeypatch)
+    await world.sizing.make_room("s", cpus(50_000))
+    await world.sizing.keep_in(group, "s", 0)  # type: ignore[arg-type]
+    assert group.told == [([100], Limits(60_000, 100_000))]
+    # Of other containers only the CPUs count: a kubelet limits their pod.
+    await world.sizing.make_room("b", cpus(100_000)._replace(cpuset=frozenset({1, 3})))
+    assert group.told[1:] == [([100, 101], Limits(60_000, 100_000, frozenset({1, 3})))]
+    await world.sizing.make_room("c", Demand())
+    assert group.told[2:] == []
+    world.sizing.forget("b")
+    await world.shrunk()
+    await world.sizing.make_room("s", cpus(-1))
+    assert group.told[2:] == [([100], Limits(60_000, 100_000)), ([100], Limits(0, 100_000))]
+
+
+@pytest.mark.parametrize(
+    ("limit_mib", "pod_mib", "static", "kept"),
+    [
+        (None, 0, False, True),
+        (256, 0, False, True),
+        (255, 0, False, False),
+        (300, 300, False, True),
+        (299, 300, False, False),
+        (256, 300, True, True),
+    ],
+)
+async def test_a_group_that_would_be_the_machines_end(
+    monkeypatch: pytest.MonkeyPatch,
+    capture: list[Any],
+    limit_mib: int | None,
+    pod_mib: int,
+    static: bool,
+    kept: bool,
+) -> None:
+    world = World(Runtime(static_sandbox_resource_mgmt=static))
+    group = Group(limit_mib * MIB if limit_mib else None)
+    with_threads(world, monkeypatch)
+    await world.sizing.keep_in(group, "s", pod_mib * MIB)  # type: ignore[arg-type]
+    assert bool(group.told) == kept
+    assert [line["event"] for line in capture if line["log_level"] == "warning"] == ["pod_not_counted"] * (
+        not kept
+    )
+
+
+async def test_limits_that_the_host_refuses_fail_nothing(
+    monkeypatch: pytest.MonkeyPatch, capture: list[Any]
+) -> None:
+    world, group = World(), Group()
+    with_threads(world, monkeypatch)
+    group.failure = OSError(22, "Invalid argument", "/cpuset.cpus")
+    await world.sizing.keep_in(group, "s", 0)  # type: ignore[arg-type]
+    assert "Invalid argument: '/cpuset.cpus'; the CPUs have to be online" in capture[-1]["error"]
 
 
 async def test_processors_that_the_guest_does_not_bring_online_fail_nothing(capture: list[Any]) -> None:
