@@ -2,8 +2,9 @@
 """Runs in the guest, as its first program: the agent, and beside it a process that runs crun when the host says so.
 
 When the host connects to the port, it makes a container of its own with crun. Then the host sends a byte for each
-`crun exec true` in it; each is answered by a line with the nanoseconds from before the start of crun to after its end,
-or -1 when it failed.
+measurement: EXEC for a `crun exec true` in it, WHOLE for another container from its creation to its removal, with a
+crun for each verb. Each is answered by a line with the nanoseconds from before the start of crun to after its end, or
+-1 when it failed.
 """
 
 import bundle
@@ -11,14 +12,16 @@ import bundle
 bundle.install()
 
 import os  # noqa: E402
+import select  # noqa: E402
 import time  # noqa: E402
 
 import guest_agent.__main__ as agent  # noqa: E402
 from guest_agent import init  # noqa: E402
 
 PORT = 1032  # as in guest_exec.py
-PROGRAM, BUNDLE = "/usr/bin/crun", "/bench/bundle"  # likewise
-STATE = "/run/crun"
+PROGRAM, BUNDLE, WHOLE_BUNDLE = "/usr/bin/crun", "/bench/bundle", "/bench/whole"  # likewise
+EXEC, WHOLE = b"e", b"w"  # likewise
+STATE, PID_FILE = "/run/crun", "/run/crun.pid"
 WORDS = ("crun", "--root", STATE, "--cgroup-manager", "cgroupfs")
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 
@@ -41,13 +44,28 @@ def run(program, *words):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def whole(program):
+    """A container that runs `true`: whether it was made, has ended, and was removed."""
+    if run(program, "create", "--bundle", WHOLE_BUNDLE, "--pid-file", PID_FILE, "whole") != 0:
+        return False
+    with open(PID_FILE) as file:
+        process = os.pidfd_open(int(file.read()))
+    started = run(program, "start", "whole") == 0
+    if started:
+        ended = select.poll()
+        ended.register(process, select.POLLIN)
+        ended.poll()
+    os.close(process)
+    return run(program, "delete", "--force", "whole") == 0 and started
+
+
 def serve(listener):
     fd, _ = listener._accept()
     program = in_memory(PROGRAM)
     made = run(program, "run", "--detach", "--bundle", BUNDLE, "crun") == 0
-    while os.read(fd, 1):
+    while asked := os.read(fd, 1):
         began = time.monotonic_ns()
-        done = made and run(program, "exec", "crun", "true") == 0
+        done = whole(program) if asked == WHOLE else made and run(program, "exec", "crun", "true") == 0
         os.write(fd, b"%d\n" % (time.monotonic_ns() - began if done else -1))
 
 

@@ -1,7 +1,8 @@
-"""An exec of `true` by crun, which is brought into a guest; beside it the same through that guest's agent, asked for
-by the host, and through all there is: `ctr`, containerd, a shim, and the agent of another guest.
+"""What crun takes, which is brought into a guest, for an exec of `true`, and for a container of `true` from its
+creation to its removal; beside it the same through that guest's agent, asked for by the host. The exec also through all
+there is: `ctr`, containerd, a shim, and the agent of another guest.
 
-The agent's has more to do, two calls over vsock, the streams and the wait for the exit, and starts no program for it.
+The agent's has more to do, its calls over vsock, the streams and the wait for the exit, and starts no program for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import shutil
 import time
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
 EXECS_PER_RUN = 3
 GUEST_PROGRAM = Path(__file__).parent / "guest_crun.py"
-CRUN_PORT = 1032  # as in the program
+CRUN_PORT, CRUN_EXEC, CRUN_WHOLE = 1032, b"e", b"w"  # as in the program
 AGENT_PORT = 1024
 _ROOTFS = "/bench/rootfs"
 _CONTAINER = "bench"
@@ -51,7 +53,7 @@ _INTERPRETER = re.compile(rb"#!/usr/bin/python3\.\d+ -IS\n")
 
 
 def measure(lab: Lab, runs: int, step: Callable[[str], None]) -> list[Row]:
-    """All three in turn; the first of each does not count."""
+    """All of them in turn; the first of each does not count."""
     spec = _vm_spec(lab.config, lab.folder / "guest-exec", step)
     step("starting a container")
     with lab.idle_container(KATA_PY) as container:
@@ -60,13 +62,40 @@ def measure(lab: Lab, runs: int, step: Callable[[str], None]) -> list[Row]:
             found = asyncio.run(_execs(spec, runs * EXECS_PER_RUN, argv, step))
         except TimeoutError as err:
             raise BenchError(f"the guest did not answer within {LIMIT_S:.0f} s") from err
-    whole, through, alone = found
     to = "crun in the guest"
+    container = "container of true, created, run, removed"
     return [
-        Row(name="exec true by ctr", unit="ms", values=whole, to=to, base=alone),
-        Row(name="exec true through the agent", unit="ms", values=through, to=to, base=alone),
-        Row(name="exec true by crun in the guest", unit="ms", values=alone),
+        Row(name="exec true by ctr", unit="ms", values=found.by_ctr, to=to, base=found.crun),
+        Row(
+            name="exec true through the agent",
+            unit="ms",
+            values=found.agent,
+            to=to,
+            base=found.crun,
+            aim_ratio=0.2,
+        ),
+        Row(name="exec true by crun in the guest", unit="ms", values=found.crun),
+        Row(
+            name=f"{container} through the agent",
+            unit="ms",
+            values=found.agent_whole,
+            to=to,
+            base=found.crun_whole,
+            aim_ratio=0.5,
+        ),
+        Row(name=f"{container} by crun in the guest", unit="ms", values=found.crun_whole),
     ]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Milliseconds: of execs, and of whole containers."""
+
+    by_ctr: list[float] = field(default_factory=list)
+    agent: list[float] = field(default_factory=list)
+    crun: list[float] = field(default_factory=list)
+    agent_whole: list[float] = field(default_factory=list)
+    crun_whole: list[float] = field(default_factory=list)
 
 
 def _vm_spec(config: Path, folder: Path, step: Callable[[str], None]) -> VmSpec:
@@ -96,7 +125,7 @@ def _vm_spec(config: Path, folder: Path, step: Callable[[str], None]) -> VmSpec:
 
 
 def _add_crun(tree: Tree, step: Callable[[str], None]) -> None:
-    """The distribution's crun with its libraries, and the bundle of a container like the one that the agent makes."""
+    """The distribution's crun with its libraries, and bundles of containers like those that the agent makes."""
     step("fetching crun")
     arch = host_arch()
     apt = Apt(cache_dir() / f"default-{arch}" / "bench", arch=arch, suite=None)
@@ -106,11 +135,17 @@ def _add_crun(tree: Tree, step: Callable[[str], None]) -> None:
         Contents(tree, root).program("crun", root.find("usr/bin/crun"), "/usr/bin/crun")
     except ImageError as err:
         raise BenchError(f"crun for the guest: {err}") from err
-    document = {
+    for bundle, *words in (("bundle", "sleep", "1000000"), ("whole", "true")):
+        document = _document(words, f"/kata/crun-{bundle}")
+        tree.file(f"/bench/{bundle}/config.json", json.dumps(document).encode())
+
+
+def _document(words: Sequence[str], cgroup: str) -> dict[str, object]:
+    return {
         "ociVersion": "1.0.2",
         "root": {"path": _ROOTFS},
         "process": {
-            "args": ["sleep", "1000000"],
+            "args": list(words),
             "cwd": "/",
             "env": ["PATH=/bin"],
             "user": {"uid": 0, "gid": 0},
@@ -119,15 +154,14 @@ def _add_crun(tree: Tree, step: Callable[[str], None]) -> None:
             {"destination": f"/{name}", "type": kind, "source": kind}
             for name, kind in (("proc", "proc"), ("dev", "tmpfs"))
         ],
-        "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}], "cgroupsPath": "/kata/crun"},
+        "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}], "cgroupsPath": cgroup},
     }
-    tree.file("/bench/bundle/config.json", json.dumps(document).encode())
 
 
 async def _execs(
     spec: VmSpec, count: int, argv: Callable[[], Sequence[str]], step: Callable[[str], None]
-) -> tuple[list[float], list[float], list[float]]:
-    """Milliseconds of the program, the agent, and crun. Raises BenchError, HypervisorError, TimeoutError."""
+) -> _Found:
+    """Raises BenchError, HypervisorError, TimeoutError."""
     if spec.ready_vport is None:
         raise BenchError("the guest does not say when it is ready")
     step("booting a guest")
@@ -139,48 +173,68 @@ async def _execs(
         agent = AgentClient(client)
         await _start_container(agent)
         crun = undo.enter_context(await machine.vsock.connect(CRUN_PORT))
-        whole, through, alone = [], [], []
+        found = _Found()
         for index in range(count + 1):
-            step("warming up" if index == 0 else f"exec {index} of {count}")
-            whole.append(await asyncio.to_thread(timed, argv()) * 1000)
-            through.append(await _through_the_agent(agent, f"e{index}"))
-            alone.append(await _alone(crun))
-    return whole[1:], through[1:], alone[1:]
+            if index == 1:  # the first of each does not count
+                found = _Found()
+            step("warming up" if index == 0 else f"exec and container {index} of {count}")
+            found.by_ctr.append(await asyncio.to_thread(timed, argv()) * 1000)
+            found.agent.append(await _exec(agent, f"e{index}"))
+            found.crun.append(await _crun(crun, CRUN_EXEC))
+            found.agent_whole.append(await _whole_container(agent, f"w{index}"))
+            found.crun_whole.append(await _crun(crun, CRUN_WHOLE))
+        return found
 
 
 async def _start_container(agent: AgentClient) -> None:
     await agent.create_sandbox(pb.CreateSandboxRequest(hostname="bench", sandbox_id="bench"))
+    await _make_container(agent, _CONTAINER, "sleep", "1000000")
+
+
+async def _make_container(agent: AgentClient, container_id: str, *args: str) -> None:
     mounts = (("/proc", "proc"), ("/dev", "tmpfs"))
     spec = oci_pb2.Spec(
         Version="1.0.2",
-        Process=_process("sleep", "1000000"),
+        Process=_process(*args),
         Root=oci_pb2.Root(Path=_ROOTFS),
         Mounts=[oci_pb2.Mount(destination=path, type=kind, source=kind) for path, kind in mounts],
         Linux=oci_pb2.Linux(Namespaces=[oci_pb2.LinuxNamespace(Type="mount")]),
     )
-    await agent.create_container(pb.CreateContainerRequest(container_id=_CONTAINER, OCI=spec))
-    await agent.start_container(pb.StartContainerRequest(container_id=_CONTAINER))
+    await agent.create_container(pb.CreateContainerRequest(container_id=container_id, OCI=spec))
+    await agent.start_container(pb.StartContainerRequest(container_id=container_id))
 
 
 def _process(*args: str) -> oci_pb2.Process:
     return oci_pb2.Process(User=oci_pb2.User(), Args=args, Env=["PATH=/bin"], Cwd="/")
 
 
-async def _through_the_agent(agent: AgentClient, exec_id: str) -> float:
+async def _exec(agent: AgentClient, exec_id: str) -> float:
     began = time.perf_counter()
     await agent.exec_process(
         pb.ExecProcessRequest(container_id=_CONTAINER, exec_id=exec_id, process=_process("true"))
     )
-    answer = await agent.wait_process(pb.WaitProcessRequest(container_id=_CONTAINER, exec_id=exec_id))
-    took_ms = (time.perf_counter() - began) * 1000
+    await _ends_well(agent, _CONTAINER, exec_id)
+    return (time.perf_counter() - began) * 1000
+
+
+async def _whole_container(agent: AgentClient, container_id: str) -> float:
+    began = time.perf_counter()
+    await _make_container(agent, container_id, "true")
+    await _ends_well(agent, container_id, container_id)
+    await agent.remove_container(pb.RemoveContainerRequest(container_id=container_id))
+    return (time.perf_counter() - began) * 1000
+
+
+async def _ends_well(agent: AgentClient, container_id: str, exec_id: str) -> None:
+    answer = await agent.wait_process(pb.WaitProcessRequest(container_id=container_id, exec_id=exec_id))
     if answer.status != 0:
         raise BenchError(f"true ended with {answer.status} in the guest")
-    return took_ms
 
 
-async def _alone(crun: socket.socket) -> float:
+async def _crun(crun: socket.socket, what: bytes) -> float:
+    """Milliseconds of it in the guest."""
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(crun, b".")
+    await loop.sock_sendall(crun, what)
     line = b""
     while not line.endswith(b"\n"):
         piece = await loop.sock_recv(crun, 64)

@@ -62,7 +62,10 @@ read -r done rest </proc/uptime
 echo $begun $written $done
 """
 # Only what the shell does by itself, and one program for all files: starting programs would take longer than the rest.
+# Where no TZ is set, libc looks for /etc/localtime at each file that `ls` tells the time of; the container's is on
+# virtiofs, the other guest's is not, and twice as many questions would be asked there.
 _SMALL = """
+export TZ=UTC0
 mkdir {folder}/small && cd {folder}/small || exit
 read -r begun rest </proc/uptime
 i=0; while [ $i -lt {files} ]; do : >f$i; i=$((i+1)); done
@@ -104,7 +107,14 @@ async def _measure(
                     _add(pod, numbers(await asyncio.to_thread(checked, argv)))
                     _add(hand, numbers(await guest.run(script_of(SHARED, DISK))))
     return [
-        Row(name=name, unit=unit, values=pod[name][1:], to=_BY_HAND, base=hand[name][1:])
+        Row(
+            name=name,
+            unit=unit,
+            values=pod[name][1:],
+            to=_BY_HAND,
+            base=hand[name][1:],
+            aim_least_ratio=0.95 if name == _STAT else None,
+        )
         for name, unit in _UNITS.items()
     ]
 
