@@ -13,6 +13,7 @@ from guest_image.errors import ImageError
 
 PT_LOAD, PT_DYNAMIC, PT_NOTE, PT_INTERP = 1, 2, 4, 3
 DT_NULL, DT_NEEDED, DT_STRTAB = 0, 1, 5
+SHF_ALLOC = 2
 DT_VERNEED, DT_VERNEEDNUM = 0x6FFFFFFE, 0x6FFFFFFF
 #: From Xen's interface headers: the 32-bit entry point of a kernel that a VMM may start directly.
 XEN_ELFNOTE_PHYS32_ENTRY = 18
@@ -149,12 +150,19 @@ class Elf:
                 return self.data[offset : offset + size]
         return None
 
-    def with_section_renamed(self, old: str, new: str) -> bytes:
-        """The file's bytes with another name, of the same length, for a section. Unchanged when it has none."""
+    def without_sections(self, *names: str) -> bytes:
+        """The file's bytes with sections that a loader neither finds by their names nor loads. One that the file does
+        not have is no error."""
         data = bytearray(self.data)
-        for name_at, _, _ in self._sections():
-            if self._text(name_at) == old:
-                data[name_at : name_at + len(old)] = new.encode()[: len(old)]
+        (table,) = self._unpack("Q", 40)
+        (entry_size,) = self._unpack("H", 58)
+        for index, (name_at, _, _) in enumerate(self._sections()):
+            name = self._text(name_at)
+            if name in names:
+                data[name_at : name_at + len(name)] = b"x" * len(name)
+                at = table + index * entry_size + 8
+                (flags,) = self._unpack("Q", at)
+                struct.pack_into(f"{self._order}Q", data, at, flags & ~SHF_ALLOC)
         return bytes(data)
 
     def _text(self, offset: int) -> str:

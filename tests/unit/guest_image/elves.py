@@ -67,8 +67,8 @@ def module(depends: str | None) -> bytes:
     names_at = info_at + len(info)
     table_at = names_at + len(names)
 
-    def section(name: int, offset: int, size: int) -> bytes:
-        return struct.pack("<IIQQQQIIQQ", name, 1, 0, 0, offset, size, 0, 0, 1, 0)
+    def section(name: int, offset: int, size: int, flags: int = 0) -> bytes:
+        return struct.pack("<IIQQQQIIQQ", name, 1, flags, 0, offset, size, 0, 0, 1, 0)
 
-    table = section(0, 0, 0) + section(1, info_at, len(info)) + section(10, names_at, len(names))
+    table = section(0, 0, 0) + section(1, info_at, len(info), flags=2) + section(10, names_at, len(names))
     return header(0, sections_at=table_at, sections=3, names=2) + info + names + table

@@ -59,12 +59,16 @@ def test_sections() -> None:
     assert elf.section(".text") is None
 
 
-def test_renaming_a_section() -> None:
+def test_a_section_that_nobody_finds_or_loads() -> None:
     data = elves.module("a,b")
-    renamed = Elf(Elf(data, "x").with_section_renamed(".modinfo", ".xxxxxxx"), "x")
-    assert renamed.section(".modinfo") is None
-    assert renamed.section(".xxxxxxx") == Elf(data, "x").section(".modinfo")
-    assert Elf(data, "x").with_section_renamed(".BTF", ".xxx") == data
+    table = int.from_bytes(data[40:48], "little")
+    assert data[table + 64 + 8] == 2  # the second header's flags: is loaded
+    without = Elf(data, "x").without_sections(".modinfo", ".BTF")
+    assert Elf(without, "x").section(".modinfo") is None
+    assert Elf(without, "x").section("xxxxxxxx") == Elf(data, "x").section(".modinfo")
+    assert without[table + 64 + 8] == 0
+    assert len(without) == len(data)
+    assert Elf(data, "x").without_sections(".BTF") == data
 
 
 @pytest.mark.parametrize(
