@@ -12,8 +12,9 @@ X86_64 = Arch(
     cpu={
         "kvm": Cpu(model="host"),
         # All that QEMU can emulate: models without RDRAND make the guest wait for entropy. Five-level paging
-        # only costs: every page walk is emulated.
-        "tcg": Cpu(model="max", features="la57=off"),
+        # only costs: every page walk is emulated. And so do string instructions that a processor is said to be fast
+        # at: kernel and libc then clear and copy pages with them, which are emulated byte by byte.
+        "tcg": Cpu(model="max", features="la57=off,erms=off,fsrm=off"),
     },
     devices=Devices(
         user_vsock="vhost-user-vsock-pci",

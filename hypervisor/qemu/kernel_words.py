@@ -28,6 +28,11 @@ _KATA_WORDS = (
     "systemd.mask=systemd-networkd.service",
     "systemd.mask=systemd-networkd.socket",
 )
+# Whoever changes a control group, an interface or a module waits until all processors have let go of the old one: for
+# the clock's next ticks, unless they are asked at once. A guest has few processors to ask.
+_SPEED_WORDS = ("rcupdate.rcu_expedited=1",)
+# What keeps a real processor from speculating is translated to something that does not.
+_TCG_WORDS = ("mitigations=off",)
 # The disk is attached read-only, so nothing may be replayed or remounted on errors for writing.
 _ROOTFLAGS: dict[RootfsType, tuple[str, ...]] = {
     "ext4": ("data=ordered", "errors=remount-ro"),
@@ -46,6 +51,7 @@ def kernel_command_line(spec: VmSpec, arch: Arch) -> str:
     """Everything the kernel is told, as one line."""
     words = [
         *arch.kernel_words,
+        *_SPEED_WORDS,
         *_tcg_words(spec, arch),
         "panic=-1",  # at once: -no-reboot makes it QEMU's exit, and the exit is how we learn of it
         *(() if spec.debug else ("quiet",)),
@@ -93,9 +99,10 @@ def _key(word: str) -> str:
 def _tcg_words(spec: VmSpec, arch: Arch) -> tuple[str, ...]:
     if spec.accel != "tcg":
         return ()
+    words = (*_TCG_WORDS, *arch.tcg_kernel_words)
     if arch.tsc and spec.tsc_khz is not None:
-        return (*arch.tcg_kernel_words, f"tsc_early_khz={spec.tsc_khz}", "tsc=reliable")
-    return arch.tcg_kernel_words
+        return (*words, f"tsc_early_khz={spec.tsc_khz}", "tsc=reliable")
+    return words
 
 
 def _root_words(spec: VmSpec, arch: Arch) -> tuple[str, ...]:

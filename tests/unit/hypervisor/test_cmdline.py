@@ -104,7 +104,10 @@ def test_descriptors_are_listed_once() -> None:
         ),
         # Properties of the default machine say nothing about another one.
         ({"arch": "aarch64", "machine_type": "sbsa-ref"}, "-machine sbsa-ref,memory-backend=mem -accel"),
-        ({"arch": "aarch64", "tsc_khz": 1000}, "-append console=ttyAMA0 cryptomgr.notests panic=-1 quiet"),
+        (
+            {"arch": "aarch64", "tsc_khz": 1000},
+            "-append console=ttyAMA0 cryptomgr.notests rcupdate.rcu_expedited=1 mitigations=off panic=-1 quiet",
+        ),
         # Kata's files for this architecture have it; QEMU refuses it without KVM.
         (
             {"arch": "aarch64", "machine_accelerators": "usb=off,gic-version=host"},
