@@ -8,7 +8,6 @@ import os
 import socket
 import stat
 import struct
-import termios
 from typing import TYPE_CHECKING
 
 from oci_engine import inroot, linux
@@ -35,7 +34,7 @@ def open_terminal(root: int, process: ProcessPlan, console_socket: int) -> int:
         peer = fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         os.fchown(peer, process.uid, -1)
         if process.console_size is not None:
-            fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("4H", *process.console_size, 0, 0))
+            fcntl.ioctl(master, linux.TIOCSWINSZ, struct.pack("4H", *process.console_size, 0, 0))
         _send(console_socket, master)
         os.close(master)
         return peer
@@ -61,7 +60,7 @@ def show_as_console(root: int, peer: int) -> None:
 def take_terminal(peer: int) -> None:
     """Make it the standard streams and the controlling terminal of this process, which leads a session."""
     with step("terminal"):
-        fcntl.ioctl(peer, termios.TIOCSCTTY, 0)
+        fcntl.ioctl(peer, linux.TIOCSCTTY, 0)
         for number in (0, 1, 2):
             os.dup2(peer, number)
         if peer > 2:

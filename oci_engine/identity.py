@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import stat
 import struct
 from contextlib import suppress
@@ -91,11 +90,7 @@ def set_limits(process: ProcessPlan) -> None:
     """Resource limits, scheduling and personality: while there still are the rights for it."""
     for limit in process.rlimits:
         with step(f"process.rlimits: {limit.name}"):
-            values = (_rlimit_value(limit.soft), _rlimit_value(limit.hard))
-            try:
-                resource.setrlimit(limit.resource, values)
-            except ValueError as err:  # what Python makes of EINVAL and EPERM
-                raise SetupFailed(f"process.rlimits: {limit.name}: {err}") from None
+            linux.setrlimit(limit.resource, limit.soft, limit.hard)
     if process.scheduler is not None:
         with step("process.scheduler"):
             linux.sched_setattr(_sched_attr(process.scheduler))
@@ -105,11 +100,6 @@ def set_limits(process: ProcessPlan) -> None:
     if process.personality is not None:
         with step("linux.personality"):
             linux.personality(process.personality)
-
-
-def _rlimit_value(value: int) -> int:
-    """RLIM_INFINITY is the highest number; Python wants it as -1."""
-    return -1 if value > 2**63 - 1 else value
 
 
 def _sched_attr(scheduler: Scheduler) -> bytes:

@@ -13,6 +13,8 @@ from typing import Any
 
 # unshare(2), setns(2), clone3(2)
 CLONE_NEWTIME = 0x00000080
+CLONE_FS = 0x00000200
+CLONE_FILES = 0x00000400
 CLONE_PARENT = 0x00008000
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
@@ -61,6 +63,10 @@ PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 _CAPABILITY_VERSION_3 = 0x20080522
+
+# asm/ioctls.h
+TIOCSCTTY = 0x540E
+TIOCSWINSZ = 0x80087467 if os.uname().machine.startswith("ppc") else 0x5414
 
 _SINCE_424 = {
     "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "clone3": 435,
@@ -163,6 +169,7 @@ _mount = _function(_ReturnsInt, "mount", 5)
 _umount2 = _function(_ReturnsInt, "umount2", 2)
 _pivot_root = _function(_ReturnsInt, "pivot_root", 2)
 _prctl = _function(_ReturnsInt, "prctl", 5)
+_setrlimit = _function(_ReturnsInt, "setrlimit", 2)
 _capset = _function(_ReturnsInt, "capset", 2)
 _setdomainname = _function(_ReturnsInt, "setdomainname", 2)
 _personality = _function(_ReturnsInt, "personality", 1)
@@ -282,6 +289,11 @@ def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
 
 def prctl(option: int, second: object = 0, third: object = 0) -> int:
     return _check(_prctl(option, second, third, 0, 0), "prctl", option)
+
+
+def setrlimit(number: int, soft: int, hard: int) -> None:
+    """Python's own is a library that takes as long to load as all else of this."""
+    _check(_setrlimit(number, struct.pack("=2Q", soft, hard)), "setrlimit")
 
 
 def capset(effective: int, permitted: int, inheritable: int) -> None:

@@ -7,7 +7,6 @@ engine does not do. Fields that the specification does not know are ignored, as 
 from __future__ import annotations
 
 import posixpath
-import resource
 from dataclasses import dataclass
 
 from oci_engine import capabilities
@@ -16,14 +15,14 @@ from oci_engine.linux_spec import Linux, read_linux
 from oci_engine.reader import UINT32_MAX, UINT64_MAX, Reader
 
 HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
+#: Of asm-generic/resource.h, which all our architectures have.
 RLIMITS = {
-    f"RLIMIT_{name}": getattr(resource, f"RLIMIT_{name}")
-    for name in (
-        "AS", "CORE", "CPU", "DATA", "FSIZE", "MEMLOCK", "MSGQUEUE", "NICE", "NOFILE", "NPROC", "RSS", "RTPRIO",
-        "RTTIME", "SIGPENDING", "STACK",
-    )
-    if hasattr(resource, f"RLIMIT_{name}")
-} | {"RLIMIT_LOCKS": 10, "RLIMIT_RTTIME": 15}  # fmt: skip
+    f"RLIMIT_{name}": number
+    for number, name in enumerate((
+        "CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE", "MEMLOCK", "AS", "LOCKS", "SIGPENDING",
+        "MSGQUEUE", "NICE", "RTPRIO", "RTTIME",
+    ))
+}  # fmt: skip
 _SCHEDULERS = {
     "SCHED_OTHER": 0, "SCHED_FIFO": 1, "SCHED_RR": 2, "SCHED_BATCH": 3, "SCHED_IDLE": 5, "SCHED_DEADLINE": 6,
 }  # fmt: skip
