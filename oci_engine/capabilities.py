@@ -46,8 +46,12 @@ def last_of_kernel() -> int:
 def limit_bounding(allowed: int, last: int) -> None:
     """Drop from the bounding set all that is not allowed, also what the specification has no name for."""
     for number in range(last + 1):
-        if not allowed >> number & 1 and linux.prctl(linux.PR_CAPBSET_READ, number):
-            linux.prctl(linux.PR_CAPBSET_DROP, number)
+        if not allowed >> number & 1:
+            try:
+                linux.prctl(linux.PR_CAPBSET_DROP, number)
+            except PermissionError:
+                if linux.prctl(linux.PR_CAPBSET_READ, number):
+                    raise
 
 
 def set_all(effective: int, permitted: int, inheritable: int, ambient: int) -> None:

@@ -1,8 +1,9 @@
 """The new process, from fork to exec: carries out a plan.
 
-There are two of them. The first takes the namespaces that are joined and new, which in part hold only for its
-children; the second one is its sibling, lives in all of them, and becomes the container's process. Neither touches
-an object of the caller that could be locked, nor any file that is not in the plan.
+Namespaces in part hold only for the children of who takes them. A thread of the caller's can take all but those of
+users and clocks, and the process is made by it, inside of them (`enter`, `run_inside`). With those, there are two
+processes (`run`): the first takes the namespaces, the second one is its sibling, lives in all of them, and becomes the
+container's. None of them touches an object of the caller that could be locked, nor any file that is not in the plan.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from oci_engine.rootfs import Rootfs, root_directory
 from oci_engine.steps import reason, step
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from oci_engine.plan import Plan, ProcessPlan
 
 _FAILED = 1
@@ -31,15 +34,33 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 def run(plan: Plan) -> NoReturn:
     """Called in the child of a fork whose signals are blocked. Never returns."""
+    _carry_out(plan, _take_namespaces)
+
+
+def enter(plan: Plan) -> None:
+    """Called in a thread of the caller's that ends afterwards, or forks and ends: it is in the plan's namespaces, and
+    its files are the plan's. The caller's other threads keep theirs.
+
+    The one of control groups is left for the process: it is made around the group that its maker is in.
+    """
+    linux.unshare(linux.CLONE_FS | linux.CLONE_FILES)
+    _take_files(plan)
+    with step("linux.namespaces"):
+        _join(plan.namespaces.joined)
+        linux.unshare(plan.namespaces.unshared & ~linux.CLONE_NEWCGROUP)
+
+
+def run_inside(plan: Plan) -> NoReturn:
+    """Called in the child of a fork by such a thread, with signals blocked. Never returns."""
+    _carry_out(plan, _begin_inside)
+
+
+def _carry_out(plan: Plan, begin: Callable[[Plan], NoReturn]) -> NoReturn:
     status = _FAILED
     try:
         gc.disable()  # finalisers of the caller's objects are the caller's
         _forget_signals()
-        os.umask(0o022)  # directories that are made for mounts must not depend on the caller's
-        _set_streams(plan.stdio)
-        _close_others(plan)
-        linux.prctl(linux.PR_SET_DUMPABLE, 0)
-        _take_namespaces(plan)
+        begin(plan)
     except channel.Closed:
         status = _FAILED  # the caller is gone, and nobody waits for what would have become
     except CannotExecute as err:
@@ -60,10 +81,16 @@ def _forget_signals() -> None:
     signal.set_wakeup_fd(-1)
     # Of SIGPIPE later: a caller that is gone must be seen as an error.
     for number in range(1, signal.NSIG):
-        # 32 and 33 are libc's own.
-        if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, 32, 33):
+        # 32 and 33 are libc's own. Setting one takes the kernel, asking the interpreter for one does not.
+        if number not in (signal.SIGPIPE, 32, 33) and signal.getsignal(number) != signal.SIG_DFL:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _take_files(plan: Plan) -> None:
+    os.umask(0o022)  # directories that are made for mounts must not depend on the caller's
+    _set_streams(plan.stdio)
+    _close_others(plan)
 
 
 def _close_others(plan: Plan) -> None:
@@ -80,7 +107,16 @@ def _close_others(plan: Plan) -> None:
     linux.close_range(first)
 
 
-def _take_namespaces(plan: Plan) -> None:
+def _begin_inside(plan: Plan) -> NoReturn:
+    channel.receive(plan.channel)  # from now on in the container's cgroup
+    with step("linux.namespaces"):
+        linux.unshare(plan.namespaces.unshared & linux.CLONE_NEWCGROUP)
+    _become(plan)
+
+
+def _take_namespaces(plan: Plan) -> NoReturn:
+    _take_files(plan)
+    linux.prctl(linux.PR_SET_DUMPABLE, 0)
     channel.receive(plan.channel)  # from now on in the container's cgroup
     namespaces = plan.namespaces
     with step("linux.namespaces"):
@@ -104,6 +140,10 @@ def _take_namespaces(plan: Plan) -> None:
         channel.send(plan.channel, event="forked", pid=pid)
         os._exit(0)
     channel.receive(plan.channel)
+    _become(plan)
+
+
+def _become(plan: Plan) -> NoReturn:
     os.setsid()
     if plan.root is not None:
         _become_container(plan)
@@ -132,7 +172,7 @@ def _join(joined: tuple[tuple[int, int], ...]) -> None:
         os.close(fd)
 
 
-def _become_container(plan: Plan) -> None:
+def _become_container(plan: Plan) -> NoReturn:
     assert plan.root is not None
     process, namespaces = plan.process, plan.namespaces
     if process.keyring:
@@ -167,7 +207,7 @@ def _become_container(plan: Plan) -> None:
     _execute(plan, peer, proc)
 
 
-def _become_exec(plan: Plan) -> None:
+def _become_exec(plan: Plan) -> NoReturn:
     process = plan.process
     if process.keyring:
         with step("session keyring"):

@@ -1,13 +1,18 @@
-"""Starts the process of a plan: the caller's side of the fork."""
+"""Starts the process of a plan: the caller's side of the fork.
+
+A fork of an interpreter is expensive: its tables are copied at once, and then every page that is touched on either
+side. Where a thread can take the namespaces, there is only one fork, and no process in between to be talked to.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+from _thread import allocate_lock, start_new_thread
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from oci_engine import channel, child
+from oci_engine import channel, child, linux
 from oci_engine.errors import SetupFailed
 from oci_engine.steps import reason
 
@@ -15,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from oci_engine.linux_spec import IdMapping
-    from oci_engine.plan import Plan
+    from oci_engine.plan import NamespacePlan, Plan
     from oci_engine.waiting import Wait
 
 
@@ -67,28 +72,71 @@ def spawn(
 ) -> Spawned:
     """Fork. `make_plan` gets the child's end of the channel; `placed` puts a process into its cgroup.
 
-    The process is a child of the caller's, stopped with its namespaces made and nothing else done.
+    The process is a child of the caller's, stopped with its namespaces made and nothing else done. It can be seen from
+    inside of them: so that nobody there looks into its memory, nobody without the rights for that can look into the
+    caller's any more.
     """
     ours, theirs = channel.pair()
     try:
         plan = make_plan(theirs)
-        first = _fork(plan)
+        alone = _needs_single_thread(plan.namespaces)
+        first = _fork(plan) if alone else _fork_inside(plan)
     except BaseException:
         os.close(ours)
         raise
     finally:
         os.close(theirs)
     try:
-        pid = _guide(first, ours, plan, placed, uid_mappings, gid_mappings, oom_score_adj)
+        _place(first, placed, oom_score_adj)
+        pid = _guide(first, ours, plan, uid_mappings, gid_mappings) if alone else first
     except BaseException:
         os.close(ours)  # which ends it, wherever it waits
         with suppress(ProcessLookupError):
             os.kill(first, signal.SIGKILL)
+        alone = True
         raise
     finally:
-        with suppress(ChildProcessError):
-            wait(first)
+        if alone:
+            with suppress(ChildProcessError):
+                wait(first)
     return Spawned(pid, ours, wait)
+
+
+def _needs_single_thread(namespaces: NamespacePlan) -> bool:
+    kinds = namespaces.unshared
+    for _, kind in namespaces.joined:
+        kinds |= kind
+    return bool(kinds & (linux.CLONE_NEWUSER | linux.CLONE_NEWTIME))
+
+
+def _fork_inside(plan: Plan) -> int:
+    """From a thread that has gone into the namespaces, and ends there. Raises what kept it from that."""
+    linux.prctl(linux.PR_SET_DUMPABLE, 0)
+    pids: list[int] = []
+    problems: list[BaseException] = []
+    done = allocate_lock()
+    done.acquire()
+
+    def fork() -> None:
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            child.enter(plan)
+            pid = os.fork()
+            if pid == 0:
+                child.run_inside(plan)
+            pids.append(pid)
+            # What the process has, and nobody else may: that it closes something must be seen.
+            linux.close_range(0)
+        except BaseException as err:
+            problems.append(err)
+        finally:
+            done.release()
+
+    start_new_thread(fork, ())
+    done.acquire()
+    if problems:
+        raise problems[0]
+    return pids[0]
 
 
 def _fork(plan: Plan) -> int:
@@ -103,19 +151,20 @@ def _fork(plan: Plan) -> int:
     return pid
 
 
+def _place(pid: int, placed: Callable[[int], None], oom_score_adj: int | None) -> None:
+    placed(pid)
+    if oom_score_adj is not None:
+        _write(pid, "oom_score_adj", str(oom_score_adj), "process.oomScoreAdj")
+
+
 def _guide(
     first: int,
     fd: int,
     plan: Plan,
-    placed: Callable[[int], None],
     uid_mappings: tuple[IdMapping, ...],
     gid_mappings: tuple[IdMapping, ...],
-    oom_score_adj: int | None,
 ) -> int:
     try:
-        placed(first)
-        if oom_score_adj is not None:
-            _write(first, "oom_score_adj", str(oom_score_adj), "process.oomScoreAdj")
         channel.send(fd, event="go")
         if uid_mappings or gid_mappings:
             _expect(fd, "user")
