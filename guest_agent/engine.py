@@ -14,7 +14,7 @@ from asyncio import get_running_loop
 from functools import partial
 from typing import TYPE_CHECKING
 
-from guest_agent import errors
+from guest_agent import errors, syscalls
 from guest_agent.stdio import Stdio
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Engine:
         self._loop = get_running_loop()
         self._state_dir = state_dir
         self._loaded: container.Engine | None = None
+        syscalls.use_one_heap()
 
     def prepare(self) -> None:
         """What the first container would otherwise have to wait for: the engine's modules."""

@@ -22,6 +22,8 @@ class Uevents:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Return when the condition holds; it is looked at now and after every announcement. Raises OSError."""
+        if condition():  # most often it holds already, and listening costs more than a look
+            return
         news = asyncio.Event()
         self._open()
         self._waiters.add(news)
