@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import socket
 import stat
 import subprocess
 import sys
@@ -296,6 +297,78 @@ def test_sockets() -> None:
                 client.send(b"y")
                 assert accepted.recv(10) == b"y"
                 assert accepted.type == socket.SOCK_STREAM
+
+
+@pytest.mark.parametrize(
+    "module", [load("selectors"), importlib.import_module("selectors")], ids=["ours", "real"]
+)
+def test_selectors(module: Any) -> None:
+    selector = module.DefaultSelector()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert selector.select(0) == []
+        selector.register(ours, module.EVENT_READ, "first")
+        with pytest.raises(KeyError):
+            selector.register(ours.fileno(), module.EVENT_READ)
+        assert selector.select(0.0001) == []
+        theirs.send(b"x")
+        ((key, events),) = selector.select(None)
+        assert (key.fileobj, key.fd, key.data, events) == (ours, ours.fileno(), "first", module.EVENT_READ)
+        selector.modify(ours.fileno(), module.EVENT_READ | module.EVENT_WRITE, "second")
+        ((key, events),) = selector.select(-1)
+        assert (key.data, events) == ("second", module.EVENT_READ | module.EVENT_WRITE)
+        selector.modify(ours, module.EVENT_WRITE)
+        ours.recv(1)
+        theirs.close()
+        # The other side's end is told to whoever waits for anything.
+        assert [events for _, events in selector.select()] == [module.EVENT_WRITE]
+        assert selector.get_key(ours).events == module.EVENT_WRITE
+        ours.close()
+        assert selector.unregister(ours).data is None
+        with pytest.raises((KeyError, ValueError)):
+            selector.get_key(ours)
+        with pytest.raises(KeyError):
+            selector.modify(1000, module.EVENT_READ)
+        assert not selector.get_map()
+    selector.close()
+
+
+def test_signals_in_the_event_loop() -> None:
+    """In a process of its own: signal handlers are the process's."""
+    program = """
+import os, signal, sys
+import importlib.util
+spec = importlib.util.spec_from_file_location("events", sys.argv[1] + "/asyncio/unix_events.py")
+events = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(events)
+loop = events.SelectorEventLoop()
+seen = []
+
+def handler(word):
+    seen.append(word)
+    loop.stop()
+
+loop.add_signal_handler(signal.SIGUSR1, handler, "usr1")
+loop.add_signal_handler(signal.SIGUSR2, handler, "usr2")
+loop.call_soon(os.kill, os.getpid(), signal.SIGUSR1)
+loop.run_forever()
+assert seen == ["usr1"], seen
+assert loop.remove_signal_handler(signal.SIGUSR1)
+assert not loop.remove_signal_handler(signal.SIGUSR1)
+assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+loop.call_soon(os.kill, os.getpid(), signal.SIGUSR2)
+loop.run_forever()
+loop.call_soon_threadsafe(loop.stop)
+loop.run_forever()
+loop.close()
+assert seen == ["usr1", "usr2"], seen
+assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
+assert signal.set_wakeup_fd(-1) == -1
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(INSIDE)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_json() -> None:
