@@ -131,11 +131,15 @@ def _rename(rtnl: Rtnetlink, link: Link, name: str, links: Sequence[Link]) -> No
 
 
 def _set_addresses(rtnl: Rtnetlink, ifindex: int, wanted: Sequence[Address]) -> None:
-    for address in _addresses(rtnl, ifindex):
-        if address not in wanted and not address.address.startswith(_LINK_LOCAL):
-            rtnl.delete_address(address)
-    # With the first address of a network the kernel has removed the others of it.
     there = _addresses(rtnl, ifindex)
+    surplus = [
+        address for address in there if address not in wanted and not address.address.startswith(_LINK_LOCAL)
+    ]
+    for address in surplus:
+        rtnl.delete_address(address)
+    if surplus:
+        # With the first address of a network the kernel has removed the others of it.
+        there = _addresses(rtnl, ifindex)
     for address in wanted:
         if address not in there:
             _tell(rtnl.add_address, address, f"address {address.address}/{address.prefix}")

@@ -174,6 +174,8 @@ class AgentService:
 
         refuse_nul(request)
         self._sandbox.load_driver("virtio_net")
+        with suppress(NotFound):
+            return network.update_interface(request.interface)
         mac = request.interface.hwAddr.lower()
         # The host may have plugged the device in a moment ago.
         with suppress(TimeoutError):
