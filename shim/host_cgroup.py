@@ -147,6 +147,8 @@ class HostCgroup:
         with self._lock:
             self._left = True
             for hierarchy, before in self._before.items():
+                if not os.path.isdir(before):  # containerd is away, and systemd has removed its group
+                    before = hierarchy
                 _write(f"{before}/cgroup.procs", str(os.getpid()))
                 # What it has started and nobody ends, such as a logger that still writes, goes where it would be.
                 for group in self._rest:

@@ -299,6 +299,15 @@ def test_another_sandbox_removes_the_folder_of_all_meanwhile(
     assert times
 
 
+def test_the_group_that_it_came_from_is_gone(v2: Kernel) -> None:
+    group = HostCgroup("/pods/pod1/s", "/kata_overhead/s", str(v2.root))
+    group.create_and_join([], str(v2.proc))
+    v2.rmdir(f"{v2.root}/system.slice/containerd.service")
+    group.leave()
+    assert v2.inside(v2.root) == [ME]
+    assert not (v2.root / "kata_overhead").exists()
+
+
 def test_a_group_that_was_there_stays_and_keeps_its_limits(v2: Kernel) -> None:
     v2.made("mine")
     group = HostCgroup("/mine", "/kata_overhead/s", str(v2.root))
