@@ -62,6 +62,8 @@ class Arch:
     kernel_words: tuple[str, ...]
     """Kernel command line, for every accelerator; includes the console."""
     tcg_kernel_words: tuple[str, ...] = ()
+    tcg_one_cpu_words: tuple[str, ...] = ()
+    """The same, of guests that never have more than one processor."""
     kvm_only_machine_props: frozenset[str] = frozenset()
     """Properties that configuration files for this architecture carry and QEMU refuses without KVM."""
     iommu: Iommu | None = None

@@ -29,6 +29,8 @@ X86_64 = Arch(
     # The rest spares the kernel work: one UART to look for, no self-tests of ciphers, no SMP patching.
     kernel_words=("console=ttyS0", "reboot=t", "8250.nr_uarts=1", "cryptomgr.notests", "noreplace-smp"),
     tcg_kernel_words=("no_timer_check",),
+    # The kernel watches a processor's own timer for a tenth of a second to know its rate. The machine's is known.
+    tcg_one_cpu_words=("nolapic_timer",),
     iommu=Iommu(
         kernel_words=("intel_iommu=on", "iommu=pt"),
         device="intel-iommu",

@@ -100,6 +100,8 @@ def _tcg_words(spec: VmSpec, arch: Arch) -> tuple[str, ...]:
     if spec.accel != "tcg":
         return ()
     words = (*_TCG_WORDS, *arch.tcg_kernel_words)
+    if max(spec.vcpus, spec.max_vcpus) == 1:
+        words = (*words, *arch.tcg_one_cpu_words)
     if arch.tsc and spec.tsc_khz is not None:
         return (*words, f"tsc_early_khz={spec.tsc_khz}", "tsc=reliable")
     return words
