@@ -93,13 +93,16 @@ def spawn(
         os.close(ours)  # which ends it, wherever it waits
         with suppress(ProcessLookupError):
             os.kill(first, signal.SIGKILL)
-        alone = True
+        _collect(first, wait)
         raise
-    finally:
-        if alone:
-            with suppress(ChildProcessError):
-                wait(first)
+    if alone:
+        _collect(first, wait)
     return Spawned(pid, ours, wait)
+
+
+def _collect(pid: int, wait: Wait) -> None:
+    with suppress(ChildProcessError):
+        wait(pid)
 
 
 def _needs_single_thread(namespaces: NamespacePlan) -> bool:
