@@ -1,4 +1,4 @@
-"""Joining two interfaces: what comes in on one goes out on the other (tc(8): ingress, u32, mirred).
+"""Joining two interfaces: what comes in on one goes out on the other (tc(8): ingress, u32, skbmod, mirred).
 
 The filter matches every packet by a comparison that is always true: `u32` is in kernels that lack `matchall`.
 """
@@ -9,6 +9,7 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
+from netlink.objects import mac_bytes
 from netlink.wire import NLM_F_CREATE, NLM_F_EXCL, attribute
 
 if TYPE_CHECKING:
@@ -33,17 +34,23 @@ _TCA_ACT_KIND, _TCA_ACT_OPTIONS = 1, 2
 # <linux/tc_act/tc_mirred.h>
 _TCA_MIRRED_PARMS = 2
 _MIRRED = struct.Struct("=IIiiiiI")
-_EGRESS_REDIR, _STOLEN = 1, 4
+_EGRESS_REDIR, _STOLEN, _PIPE = 1, 4, 3
+# <linux/tc_act/tc_skbmod.h>
+_TCA_SKBMOD_PARMS, _TCA_SKBMOD_DMAC = 2, 3
+_SKBMOD = struct.Struct("=IIiiiIQ")
+_SKBMOD_F_DMAC = 1
 
 
-def redirect(rtnl: Rtnetlink, source: int, target: int) -> None:
-    """Let all that comes in on the interface with index `source` go out on `target`. Raises OSError."""
+def redirect(rtnl: Rtnetlink, source: int, target: int, *, to_mac: str = "") -> None:
+    """Let all that comes in on the interface with index `source` go out on `target`, where `to_mac` is given with that
+    for the MAC address that it goes to. Raises OSError.
+    """
     try:
         rtnl.order(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, _queue(source))
     except OSError as err:
         if err.errno != errno.EEXIST:
             raise
-    body = attribute(TCA_KIND, "u32") + attribute(TCA_OPTIONS, _everything_to(target))
+    body = attribute(TCA_KIND, "u32") + attribute(TCA_OPTIONS, _everything_to(target, to_mac))
     try:
         rtnl.order(_RTM_NEWTFILTER, NLM_F_CREATE, _filter_head(source, _HANDLE_INGRESS) + body)
     except OSError as err:
@@ -82,11 +89,17 @@ def _filter_head(index: int, parent: int) -> bytes:
     return TCMSG.pack(0, index, 0, parent, info)
 
 
-def _everything_to(target: int) -> bytes:
-    """The options of a u32 filter: a key whose mask is zero, and the redirection."""
+def _everything_to(target: int, to_mac: str) -> bytes:
+    """The options of a u32 filter: a key whose mask is zero, and what is done with what it finds."""
     selector = _SELECTOR.pack(_TERMINAL, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     parameters = _MIRRED.pack(0, 0, _STOLEN, 0, 0, _EGRESS_REDIR, target)
-    action = attribute(_TCA_ACT_KIND, "mirred") + attribute(
-        _TCA_ACT_OPTIONS, attribute(_TCA_MIRRED_PARMS, parameters)
-    )
-    return attribute(_TCA_U32_SEL, selector) + attribute(_TCA_U32_ACT, attribute(1, action))
+    actions = [_action("mirred", attribute(_TCA_MIRRED_PARMS, parameters))]
+    if to_mac:
+        changed = attribute(_TCA_SKBMOD_PARMS, _SKBMOD.pack(0, 0, _PIPE, 0, 0, 0, _SKBMOD_F_DMAC))
+        actions.insert(0, _action("skbmod", changed + attribute(_TCA_SKBMOD_DMAC, mac_bytes(to_mac))))
+    in_order = b"".join(attribute(number, action) for number, action in enumerate(actions, start=1))
+    return attribute(_TCA_U32_SEL, selector) + attribute(_TCA_U32_ACT, in_order)
+
+
+def _action(kind: str, options: bytes) -> bytes:
+    return attribute(_TCA_ACT_KIND, kind) + attribute(_TCA_ACT_OPTIONS, options)

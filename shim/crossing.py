@@ -1,6 +1,8 @@
 """How packets cross between an interface of the pod and the tap beside it, and how many of them.
 
-By traffic control each of the two sends what the other one gets, whatever kind the interface is of. A macvtap is its
+By traffic control each of the two sends what the other one gets, whatever kind the interface is of. Where the pod's
+has no MAC address, packets get that of the guest's on their way to it, and lose it on the way back: each end takes only
+what is addressed to it. A macvtap is its
 own crossing: the kernel's driver takes the interface's packets. Rates are limited where packets leave an interface: the
 tap, towards the guest, and the pod's interface, away from it. A macvtap has no queue towards the guest, so there the
 pod's interface passes its packets through an `ifb`, whose only purpose is to have one.
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from hypervisor.errors import HostUnsupported
 from netlink import shaping, tc
-from shim.interfaces import tap_of
+from shim.interfaces import NO_MAC, mac_in_place, tap_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,8 +40,7 @@ def join(rtnl: Rtnetlink, link: Link, settings: Qemu, *, macvtap: bool) -> None:
     if not macvtap:
         if receive:
             _limit(rtnl, tap, link.name, "rx_rate_limiter_max_rate", receive)
-        tc.redirect(rtnl, link.ifindex, tap)
-        tc.redirect(rtnl, tap, link.ifindex)
+        _exchange(rtnl, link, tap)
     elif receive:
         tc.redirect(rtnl, link.ifindex, _limited_detour(rtnl, link, receive))
 
@@ -57,6 +58,23 @@ def part(rtnl: Rtnetlink, ifindex: int) -> None:
         except OSError as err:
             if err.errno != errno.ENODEV:  # a tap goes with QEMU, at any moment
                 raise
+
+
+def _exchange(rtnl: Rtnetlink, link: Link, tap: int) -> None:
+    if link.mac != mac_in_place(link.ifindex):
+        tc.redirect(rtnl, link.ifindex, tap)
+        tc.redirect(rtnl, tap, link.ifindex)
+        return
+    try:
+        tc.redirect(rtnl, link.ifindex, tap, to_mac=link.mac)
+        tc.redirect(rtnl, tap, link.ifindex, to_mac=NO_MAC)
+    except OSError as err:
+        if err.errno != errno.ENOENT:
+            raise
+        raise HostUnsupported(
+            f"interface {link.name} of the pod ({link.kind}) has no MAC address, and its packets cannot get one: "
+            "load the kernel module act_skbmod"
+        ) from err
 
 
 def _limited_detour(rtnl: Rtnetlink, link: Link, rate: int) -> int:

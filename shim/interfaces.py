@@ -35,11 +35,18 @@ TAP_SUFFIX = "_kata"
 # The agent's messages know of a route's flags only RTNH_F_ONLINK, <linux/rtnetlink.h>; the others tell a state.
 _ONLINK = 4
 _ETHERNET_BYTES = 6
+#: What an interface has for a MAC address whose other end does not look at it: a netkit in its L3 mode.
+NO_MAC = "00:00:00:00:00:00"
 
 
 def tap_of(ifindex: int) -> str:
     """The name of the tap beside the interface with this index. 15 bytes hold every index that a namespace reaches."""
     return f"tap{ifindex}{TAP_SUFFIX}"
+
+
+def mac_in_place(ifindex: int) -> str:
+    """What the guest's interface has where the pod's has NO_MAC: nobody but the two ever sees it."""
+    return ":".join(f"{byte:02x}" for byte in (0x02, 0, *ifindex.to_bytes(4, "big")))
 
 
 class Interface(NamedTuple):
@@ -88,7 +95,7 @@ def scan(rtnl: Rtnetlink) -> Snapshot:
     addresses = rtnl.addresses()
     interfaces = tuple(
         Interface(link, tuple(address for address in addresses if address.ifindex == link.ifindex))
-        for link in rtnl.links()
+        for link in map(_usable, rtnl.links())
         if link.flags & IFF_UP and not link.flags & IFF_LOOPBACK and not link.name.endswith(TAP_SUFFIX)
     )
     for interface in interfaces:
@@ -105,6 +112,13 @@ def scan(rtnl: Rtnetlink) -> Snapshot:
         if neighbour.state & NUD_PERMANENT and neighbour.ifindex in there and neighbour.mac
     )
     return Snapshot(interfaces, (*_to_peers(interfaces), *_best(routes)), tuple(neighbours))
+
+
+def _usable(link: Link) -> Link:
+    """No guest's interface comes up with NO_MAC."""
+    if link.mac == NO_MAC and link.flags & IFF_NOARP:
+        return link._replace(mac=mac_in_place(link.ifindex))
+    return link
 
 
 def _to_peers(interfaces: Iterable[Interface]) -> Iterator[Route]:

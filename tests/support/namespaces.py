@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CLONE_NEWNET = 0x40000000  # <linux/sched.h>
+_SKIPPED = 77
 
 
 def in_mount_namespace(work: Callable[[], None]) -> None:
-    """Run `work` in a forked child. Skips without CAP_SYS_ADMIN; fails with the child's traceback."""
+    """Run `work` in a forked child. Skips without CAP_SYS_ADMIN, or if `work` does; fails with its traceback."""
     _in_child(mounts.enter_private_mount_namespace, work)
 
 
@@ -38,9 +39,10 @@ def _in_child(enter: Callable[[], object], work: Callable[[], None]) -> None:
             try:
                 enter()
             except PermissionError:
-                code = 77
-            else:
-                work()
+                pytest.skip("needs CAP_SYS_ADMIN for a namespace")
+            work()
+        except pytest.skip.Exception as err:
+            code, text = _SKIPPED, str(err)
         except BaseException:
             code, text = 1, traceback.format_exc()
         os.write(writer, text.encode()[-60000:])
@@ -49,6 +51,6 @@ def _in_child(enter: Callable[[], object], work: Callable[[], None]) -> None:
     with open(reader) as file:
         text = file.read()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if code == 77:
-        pytest.skip("needs CAP_SYS_ADMIN for a namespace")
+    if code == _SKIPPED:
+        pytest.skip(text)
     assert code == 0, text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import subprocess
@@ -18,6 +19,10 @@ from tests.support.namespaces import in_network_namespace
 
 if TYPE_CHECKING:
     from netlink.objects import Link
+
+
+# <asm/socket.h>: also beyond the limits that a host has for everybody.
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 
 
 def ip(words: str) -> None:
@@ -127,6 +132,33 @@ def test_packets_cross() -> None:
     in_network_namespace(work)
 
 
+def test_packets_cross_with_another_address() -> None:
+    def work() -> None:
+        with Rtnetlink() as rtnl:
+            links = two_pairs(rtnl)
+            to_mac = "02:00:00:00:00:07"
+            try:
+                tc.redirect(rtnl, links["a0"].ifindex, links["b0"].ifindex, to_mac=to_mac)
+            except OSError as err:
+                assert err.errno == errno.ENOENT
+                pytest.skip("this kernel has no act_skbmod")
+            assert f"set dmac {to_mac}" in said("tc", "filter", "show", "dev", "a0", "ingress")
+            rest = bytes(6) + b"\x88\xb5" + b"from one end to the other".ljust(46)
+            with (
+                socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as near,
+                socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5)) as far,
+            ):
+                far.bind(("b1", 0x88B5))
+                far.settimeout(5)
+                near.bind(("a1", 0))
+                near.send(bytes(6) + rest)
+                assert far.recv(100) == objects.mac_bytes(to_mac) + rest
+            tc.end_redirect(rtnl, links["a0"].ifindex)
+            assert "mirred" not in queues_and_filters("a0")
+
+    in_network_namespace(work)
+
+
 def queues_and_filters(device: str) -> str:
     """As tc(8) lists them. It names the parent of a filter or not, as it was last asked for."""
     filters = said("tc", "filter", "show", "dev", device, "ingress").replace(" parent ffff:", "")
@@ -198,8 +230,8 @@ def test_a_limit_holds() -> None:
             socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as near,
             socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88B5)) as far,
         ):
-            far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-            near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+            far.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 << 20)
+            near.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 4 << 20)
             far.bind(("a1", 0x88B5))
             far.settimeout(60)
             began = time.monotonic()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from netlink.objects import IFF_NOARP, IFF_UP, Link
 from netlink.rtnl import Rtnetlink
 from shim.errors import NetworkNotMirrored
-from shim.interfaces import interface_to_proto, neighbours_to_proto, routes_to_proto, scan
+from shim.interfaces import NO_MAC, interface_to_proto, neighbours_to_proto, routes_to_proto, scan
 from tests.support.namespaces import in_network_namespace
 
 if TYPE_CHECKING:
@@ -89,6 +90,35 @@ def test_an_interface_without_a_mac_address_is_named() -> None:
             setup("tuntap add wg0 mode tun", "link set wg0 up")
 
     in_network_namespace(work)
+
+
+class Told:
+    """A kernel that has these links and nothing else."""
+
+    def __init__(self, *links: Link) -> None:
+        self._links = list(links)
+
+    def links(self) -> list[Link]:
+        return self._links
+
+    def nothing(self) -> list[Any]:
+        return []
+
+    addresses = routes = neighbours = nothing
+
+
+@pytest.mark.parametrize("ifindex", [2, 0x7FFFFFFF])
+def test_a_netkit_in_its_l3_mode_gets_a_mac_address(ifindex: int) -> None:
+    netkit = Link(ifindex, "eth0", NO_MAC, 1500, IFF_UP | IFF_NOARP, "netkit")
+    (interface,) = scan(cast("Rtnetlink", Told(netkit))).interfaces
+    first, *rest = bytes.fromhex(interface.link.mac.replace(":", ""))
+    assert first & 0b11 == 0b10  # one machine's, and of no maker
+    assert int.from_bytes(bytes(rest), "big") == ifindex
+    told = interface_to_proto(interface)
+    assert (told.hwAddr, told.raw_flags) == (interface.link.mac, IFF_NOARP)
+    asking = netkit._replace(flags=IFF_UP)
+    with pytest.raises(NetworkNotMirrored, match=r"eth0 of the pod \(netkit\) has no MAC address"):
+        scan(cast("Rtnetlink", Told(asking)))
 
 
 TWO = (
