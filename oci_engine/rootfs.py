@@ -41,9 +41,12 @@ class Rootfs:
         plan = self._plan
         with step("propagation of mounts"):
             wanted = propagation_flags(plan.propagation or "rslave")
-            # Never shared with the host, from where this namespace is a copy; that comes after the pivot.
-            quiet = linux.MS_SLAVE | linux.MS_REC if wanted & linux.MS_SHARED else wanted
-            linux.mount("", "/", "", quiet)
+            # Never shared with the host, from where this namespace is a copy: that comes after the pivot, which a
+            # shared mount above the new root would keep from happening.
+            if not wanted & linux.MS_REC or wanted & linux.MS_SHARED:
+                linux.mount("", "/", "", linux.MS_SLAVE | linux.MS_REC)
+            if not wanted & linux.MS_SHARED:
+                linux.mount("", "/", "", wanted)
         with step(f"root.path: {plan.path}"):
             below = linux.open_tree(linux.AT_FDCWD, plan.path, linux.OPEN_TREE_CLONE | linux.AT_RECURSIVE)
             target = os.open(plan.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
