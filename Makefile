@@ -21,6 +21,8 @@ IMAGE         := $(BUILD)/busybox.tar
 # Guests and images of other architectures than the host's, for tests; named as Debian and containerd name these.
 FOREIGN       := $(foreach arch,arm64 s390x,$(BUILD)/foreign/$(arch)/manifest.json $(BUILD)/foreign/$(arch)/busybox.tar)
 ROOT_IMAGE_arm64 := --image erofs --verity
+# The machine in which tests/node runs other tests.
+NODE          := $(BUILD)/node/initrd.img
 LAUNCHERS     := $(BUILD)/bin/containerd-shim-kata-py-v2
 PACKAGES      := netlink oci_engine ttrpc config agent_proto hypervisor shim guest_agent guest_image cli runk
 TESTS         ?= tests
@@ -34,7 +36,7 @@ DESTDIR       ?=
 GUEST_SOURCES := $(shell find guest_agent guest_image agent_proto netlink oci_engine ttrpc -type f \
                    -not -name '*.pyc' -not -name '*.md' 2>/dev/null)
 
-.PHONY: help setup venv venv-dev launchers guest root-images image foreign run stop clean check lint types layers fresh \
+.PHONY: help setup venv venv-dev launchers guest root-images image foreign node run stop clean check lint types layers fresh \
         test test-matrix unit bench protos golden install uninstall
 
 help: ## List the targets.
@@ -105,6 +107,12 @@ $(BUILD)/foreign/%/busybox.tar: packaging/foreign_image.py packaging/busybox_ima
 	@$(PYTHON) packaging/foreign_image.py $* $(@D)
 	@touch $@
 
+node: $(NODE) ## Build kernel and initrd of the Debian machine that tests/node boots.
+
+$(NODE): packaging/debian_node.py guest_image/apt.py guest_image/cpio.py guest_image/kernel.py $(VENV)/.run | setup
+	@$(PYTHON) packaging/debian_node.py $(@D)
+	@touch $@
+
 # --- Checks and tests -------------------------------------------------------------------------------------------
 
 check: lint types layers fresh ## Format, lint, types, layers, generated files.
@@ -126,7 +134,7 @@ fresh: venv-dev
 
 # Two runs: the integration tests adopt every process that containerd orphans, and the agent's tests reap every child
 # there is. Status 5 is "nothing selected", which TESTS=path may well lead to in one of them.
-test: check launchers guest root-images image foreign ## All checks and all tests, with real virtual machines and a real containerd.
+test: check launchers guest root-images image foreign node ## All checks and all tests, with real virtual machines and a real containerd.
 	@packaging/setup.sh tests
 	@$(PYTHON) packaging/qemu_versions.py fetch
 	KATA_PY_TEST_ALL_QEMUS=1 $(PYTHON) -m pytest -m 'not integration' $(PYTEST_ARGS) $(TESTS) || [ $$? -eq 5 ]

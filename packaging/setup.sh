@@ -25,6 +25,8 @@ packages() {
     if [ "$tests" = yes ]; then
         # Disks of other kinds, and an archive to compare ours with.
         echo xfsprogs mount cpio
+        # A whole machine is booted with this host's files: its init, its control groups, its device mapper.
+        echo systemd dbus dmsetup
         # Guests of other architectures are emulated.
         echo qemu-system-arm
         # In Debian 12 it is one of several that have a package together.

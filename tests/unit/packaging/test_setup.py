@@ -127,8 +127,9 @@ def test_what_only_tests_need_is_for_who_asks(system: FakeSystem, version: str, 
     system.release("debian", version)
     more = set(system.run("--list", "tests").stdout.split()) - set(system.run("--list").stdout.split())
     # Debian 12 has the storage daemon in a package that QEMU comes with.
-    assert more == {"qemu-system-arm", s390x, "xfsprogs", "mount", "cpio"} | (
-        {"qemu-utils"} if version != "12" else set()
+    assert more == (
+        {"qemu-system-arm", s390x, "xfsprogs", "mount", "cpio", "systemd", "dbus", "dmsetup"}
+        | ({"qemu-utils"} if version != "12" else set())
     )
 
 
