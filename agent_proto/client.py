@@ -277,6 +277,12 @@ class AgentClient:
         """Take processors from the guest's programs."""
         return await self._extension(services.LIMIT_PROCESSORS, request, self._timeout_s)
 
+    async def connect_port(
+        self, request: kata_py_agent_pb2.ConnectPortRequest
+    ) -> kata_py_agent_pb2.ConnectPortResponse:
+        """Connect to a TCP port of the guest's loopback."""
+        return await self._extension(services.CONNECT_PORT, request, self._timeout_s)
+
     async def _agent(
         self, method: Method[Request, Response], request: Request, timeout_s: float | None
     ) -> Response:

@@ -6,7 +6,7 @@ import asyncio
 import socket
 
 SOCKETS_PORT = 1031
-"""The guest's vsock port for connections to sockets that stand for the host's; the first bytes are the token."""
+"""The guest's vsock port for connections that the host takes over; the first bytes are the token."""
 
 TOKEN_BYTES = 16
 

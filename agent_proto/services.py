@@ -135,6 +135,9 @@ ACCEPT_CONNECTION = Method(
 )
 CLOSE_SOCKET = Method("CloseSocket", kata_py_agent_pb2.CloseSocketRequest, Empty)
 LIMIT_PROCESSORS = Method("LimitProcessors", kata_py_agent_pb2.LimitProcessorsRequest, Empty)
+CONNECT_PORT = Method(
+    "ConnectPort", kata_py_agent_pb2.ConnectPortRequest, kata_py_agent_pb2.ConnectPortResponse
+)
 
 EXTENSIONS = Service(
     "kata_py.agent.v1.Extensions",
@@ -146,6 +149,7 @@ EXTENSIONS = Service(
         LISTEN_SOCKET,
         ACCEPT_CONNECTION,
         CLOSE_SOCKET,
+        CONNECT_PORT,
         NEXT_NAMES,
         ANSWER_NAME,
         LIMIT_PROCESSORS,

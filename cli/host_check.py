@@ -34,6 +34,7 @@ from hypervisor.host import Host
 from hypervisor.qemu.capabilities import capabilities, lacks
 from hypervisor.qemu.cmdline import Fds, build_cmdline
 from hypervisor.vfio import devices_named, has_iommufd
+from shim import steering
 from shim.plan import plan
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def check(file: Path | None = None, *, root: Path = Path("/")) -> list[Finding]:
         *choices,
         *([] if "virtio_fs_daemon" in broken else sharing(qemu)),
         *network(loaded.config.runtime if loaded else Runtime(), qemu, Host(root=root)),
+        *port_forward(),
         *host_devices(loaded.config.runtime if loaded else Runtime(), qemu, Host(root=root)),
         *(guest(qemu) if loaded else []),
         *other_guests(qemu),
@@ -228,6 +230,16 @@ def network(runtime: Runtime, qemu: Qemu, host: Host) -> list[Finding]:
     return [
         Finding("network", Level.OK, f"packets are carried by {'the kernel (vhost-net)' if fast else 'QEMU'}")
     ]
+
+
+def port_forward() -> list[Finding]:
+    """Whether the ports of guests are reached on the host, as `kubectl port-forward` wants it."""
+    problem = steering.why_not()
+    if not problem:
+        return [Finding("port-forward", Level.OK, "reaches guests")]
+    detail = f"kubectl port-forward reaches no guest: {problem}"
+    remedy = "run this as root, with a kernel from 5.9 on that has CONFIG_BPF_SYSCALL and CONFIG_INET"
+    return [Finding("port-forward", Level.NOTE, detail, remedy)]
 
 
 def host_devices(runtime: Runtime, qemu: Qemu, host: Host) -> list[Finding]:

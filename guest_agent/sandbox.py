@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from agent_proto.gen import agent_pb2
     from guest_agent.engine import Engine
+    from guest_agent.handover import Handover
     from guest_agent.host_sockets import HostSockets
     from guest_agent.log import Log
     from guest_agent.mirror import Mirrors
@@ -76,6 +77,7 @@ class Sandbox:
         self._own_pid_namespace: PidNamespace | None = None
         self._mirrors: Mirrors | None = None
         self._names: NameServer | None = None
+        self._handover: Handover | None = None
         self._host_sockets: HostSockets | None = None
         self._memory_watches: dict[str, int] = {}
         self.oom_reports = OomReports()
@@ -114,12 +116,21 @@ class Sandbox:
         return self._names
 
     @property
+    def handover(self) -> Handover:
+        """The connections that the host takes over."""
+        if self._handover is None:
+            from guest_agent.handover import Handover
+
+            self._handover = Handover(self._log)
+        return self._handover
+
+    @property
     def host_sockets(self) -> HostSockets:
         """The sockets that stand for the host's."""
         if self._host_sockets is None:
             from guest_agent.host_sockets import HostSockets
 
-            self._host_sockets = HostSockets(f"{SANDBOX_DIR}/sockets", self._log)
+            self._host_sockets = HostSockets(f"{SANDBOX_DIR}/sockets", self.handover)
         return self._host_sockets
 
     def prepare(self) -> None:

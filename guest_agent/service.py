@@ -102,6 +102,7 @@ class AgentService:
             "AcceptConnection": self.accept_connection,
             "CloseSocket": self.close_socket,
             "LimitProcessors": self.limit_processors,
+            "ConnectPort": self.connect_port,
         }
 
     async def _finish(self, work: Coroutine[object, object, None]) -> Empty:
@@ -477,6 +478,14 @@ class AgentService:
     async def limit_processors(self, request: kata_py_agent_pb2.LimitProcessorsRequest, call: Call) -> Empty:
         machine.take_offline(request.online)
         return Empty()
+
+    async def connect_port(
+        self, request: kata_py_agent_pb2.ConnectPortRequest, call: Call
+    ) -> kata_py_agent_pb2.ConnectPortResponse:
+        from guest_agent import ports
+
+        token = await ports.connect(request.port, self._sandbox.handover)
+        return kata_py_agent_pb2.ConnectPortResponse(token=token)
 
 
 def _check_signal(number: int) -> None:

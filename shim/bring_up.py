@@ -134,10 +134,19 @@ async def bring_up(
         in_background(running.clock.follow(), "follow the clock")
     in_background(boot.network.follow(agent, machine), "follow the network")
     in_background(oom.watch(agent, containers), "watch for OOM")
+    _forward_ports(running, boot, in_background)
     if wants_agent_log(boot.config):
         level = number_of(boot.config.agent.log_level)
         in_background(agent_log.forward(machine, boot.config.agent.log_port, level), "agent's log")
     return running
+
+
+def _forward_ports(running: RunningGuest, boot: Boot, in_background: InBackground) -> None:
+    from shim.port_forward import PortForward, namespace_of
+
+    if (netns := namespace_of(boot.pod)) is not None:
+        forward = PortForward(running.guest, running.machine.vsock, netns)
+        in_background(forward.serve(), "forward ports")
 
 
 async def _set_policy(agent: AgentClient, policy: str, machine: Machine) -> None:

@@ -64,6 +64,7 @@ LATE = (
     "shim.kubelet",
     "shim.loop",
     "shim.passthrough",
+    "shim.port_forward",
     "shim.mirror",
 )
 

@@ -94,6 +94,7 @@ CALLS: dict[str, tuple[str, float | None]] = {
     "AcceptConnection": ("accept_connection", None),
     "CloseSocket": ("close_socket", 7),
     "LimitProcessors": ("limit_processors", 7),
+    "ConnectPort": ("connect_port", 7),
 }
 
 

@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 from agent_proto.gen.kata_py_agent_pb2 import AcceptConnectionResponse
 from agent_proto.relay import SOCKETS_PORT
 from guest_agent.errors import AlreadyExists, InvalidRequest, NotFound
+from guest_agent.handover import Handover
 from guest_agent.host_sockets import HostSockets as GuestSockets
 from guest_agent.log import Log
 from shim import host_sockets
@@ -60,7 +61,8 @@ class Site:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.guest = GuestSockets(str(root / "guest"), Log("error"), family=socket.AF_UNIX)
+        self.handover = Handover(Log("error"), family=socket.AF_UNIX, address=str(root / "guest.host"))
+        self.guest = GuestSockets(str(root / "guest"), self.handover)
         self.agent = Agent(self.guest)
         self.knows = True
         self.tasks: set[asyncio.Task[None]] = set()
@@ -99,9 +101,9 @@ class Site:
             self.server.close()
         for name in list(self.guest._listeners):
             self.guest.close(name)
-        for token in list(self.guest._waiting):
-            self.guest._give_up(token)
-        tasks = {*self.tasks, *self.guest._tasks}
+        for token in list(self.handover._waiting):
+            self.handover._give_up(token)
+        tasks = {*self.tasks, *self.handover._tasks}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
