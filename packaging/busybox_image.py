@@ -155,17 +155,17 @@ def descriptor(media_type: str, blob: bytes) -> dict[str, object]:
     }
 
 
-def image_layout(layer: bytes, *, architecture: str, image: Image = SHELL) -> dict[str, bytes]:
-    """All files of the OCI layout (image-spec 1.0) by path, for one image with one uncompressed layer."""
-    layer_descriptor = descriptor("layer.v1.tar", layer)
+def image_layout(*layers: bytes, architecture: str, image: Image = SHELL) -> dict[str, bytes]:
+    """All files of the OCI layout (image-spec 1.0) by path, for one image with these uncompressed layers."""
+    described = [descriptor("layer.v1.tar", layer) for layer in layers]
     config = as_json(
         {
             "architecture": architecture,
             "os": "linux",
             "config": {"Env": ["PATH=/bin:/usr/bin"], "Cmd": image.command, "WorkingDir": "/"},
-            # The layer is not compressed, so its digest is that of its content.
-            "rootfs": {"type": "layers", "diff_ids": [layer_descriptor["digest"]]},
-            "history": [{"created_by": "kata-py busybox_image"}],
+            # The layers are not compressed, so their digests are those of their content.
+            "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in described]},
+            "history": [{"created_by": "kata-py busybox_image"}] * len(layers),
         }
     )
     manifest = as_json(
@@ -173,7 +173,7 @@ def image_layout(layer: bytes, *, architecture: str, image: Image = SHELL) -> di
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": descriptor("config.v1+json", config),
-            "layers": [layer_descriptor],
+            "layers": described,
         }
     )
     entry = descriptor("manifest.v1+json", manifest)
@@ -184,7 +184,7 @@ def image_layout(layer: bytes, *, architecture: str, image: Image = SHELL) -> di
         "org.opencontainers.image.ref.name": image.name.rpartition(":")[2],
     }
     files = {"oci-layout": as_json({"imageLayoutVersion": "1.0.0"})}
-    for blob in (layer, config, manifest):
+    for blob in (*layers, config, manifest):
         files[f"blobs/sha256/{hashlib.sha256(blob).hexdigest()}"] = blob
     files["index.json"] = as_json({"schemaVersion": 2, "manifests": [entry]})
     return files
@@ -197,14 +197,16 @@ def build(
     image: Image = SHELL,
     architecture: str = "",
     names: Sequence[str] | None = None,
+    more: Sequence[bytes] = (),
 ) -> None:
     """Writes the archive in one step. Raises OSError when busybox is missing.
 
-    With an `architecture` busybox may be one that this machine cannot run: the applets' `names` are then given, too.
+    `more` are the archives of layers above the one with busybox. With an `architecture` busybox may be one that this
+    machine cannot run: the applets' `names` are then given, too.
     """
     architecture = architecture or ARCHITECTURES.get(platform.machine(), platform.machine())
     layer = root_layer(busybox, applets(busybox) if names is None else names)
-    files = image_layout(layer, architecture=architecture, image=image)
+    files = image_layout(layer, *more, architecture=architecture, image=image)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.new")
     with tarfile.open(unfinished, "w") as archive:

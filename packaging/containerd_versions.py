@@ -4,7 +4,8 @@
     .venv/bin/python packaging/containerd_versions.py test [--short] [pytest's arguments...]
 
 The first one is the host's own. The others come as packages from the host's mirror, through an apt state of
-their own below build/, and are only unpacked: nothing is installed. `fetch` prints the folders, for
+their own below build/, and are only unpacked: nothing is installed. 2.x gets the mkfs.erofs of its own release, which
+its snapshotter erofs starts. `fetch` prints the folders, for
 KATA_PY_TEST_CONTAINERD_DIR. With `--short`, tests marked `one_version` run with the host's own only. Reports,
 and what failed tests leave for reading, are in build/test-results/containerd-VERSION.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from guest_image.apt import Package
+    from guest_image.tools import Root
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "cache" / "debian"  # one for each suite, which qemu_versions.py uses too
@@ -105,10 +108,23 @@ def fetched(suite: str) -> Containerd:
             return chosen
 
         root = apt.newest("containerd", choose, say)
+        programs = root.path / "usr" / "bin"
+        if upstream(chosen[0].version).startswith("2."):
+            # Its snapshotter erofs needs a younger one than Debian 12 has.
+            erofs = apt.newest("erofs", lambda: apt.closure(["erofs-utils"]), say)
+            launcher(erofs, erofs.find("usr/bin/mkfs.erofs"), programs / "mkfs.erofs")
     except ImageError as err:
         reason = err.said[0] if isinstance(err, ToolFailed) else err
         raise VersionsError(f"cannot get containerd of Debian {suite}: {reason}") from err
-    return Containerd(upstream(chosen[0].version), suite, root.path / "usr" / "bin")
+    return Containerd(upstream(chosen[0].version), suite, programs)
+
+
+def launcher(root: Root, program: Path, path: Path) -> None:
+    """A script at `path` that starts a program of another Debian release with the libraries that are its own."""
+    libraries = ":".join(str(directory) for directory in root.library_dirs())
+    words = shlex.join(str(word) for word in (root.loader(), "--library-path", libraries, program))
+    path.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+    path.chmod(0o755)
 
 
 def others(own: Containerd) -> Iterator[Containerd]:

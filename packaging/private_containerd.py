@@ -107,7 +107,8 @@ class PrivateContainerd:
     `programs` is the folder with the containerd and ctr to use (default: the ones in PATH), `search_path`
     are folders put before PATH, where containerd finds shims, and `environment` is added to what its shims
     inherit. With `cri` it speaks Kubernetes' interface on its socket as well. `scratch` is an image with an empty file
-    system: the snapshotter `blockfile`, of containerd 1.7 and later, copies it for each snapshot.
+    system: the snapshotter `blockfile`, of containerd 1.7 and later, copies it for each snapshot. With `erofs` layers
+    are unpacked as the snapshotter of that name wants them, of 2.1 and later, where there is the program for it.
     """
 
     folder: Path
@@ -117,6 +118,7 @@ class PrivateContainerd:
     log_level: str = "info"
     cri: cri_config.CriConfig | None = None
     scratch: Path | None = None
+    erofs: bool = False
 
     @property
     def socket(self) -> Path:
@@ -175,11 +177,10 @@ class PrivateContainerd:
 
     def _spawn(self, config: Path, *, notify_socket: str) -> int:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-        path = [str(folder) for folder in (*self.search_path, self.programs) if folder]
         environment = {
             **inherited,
             **self.environment,
-            "PATH": os.pathsep.join([*path, inherited.get("PATH", os.defpath)]),
+            "PATH": self._path(),
             "NOTIFY_SOCKET": notify_socket,
         }
         with self.log.open("ab") as log:
@@ -196,6 +197,10 @@ class PrivateContainerd:
         # It may outlive us, so that nobody waits for it here; Popen would warn about that when collected.
         process.returncode = 0
         return process.pid
+
+    def _path(self) -> str:
+        folders = [str(folder) for folder in (*self.search_path, self.programs) if folder]
+        return os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)])
 
     def _wait_until_ready(self, pid: int, notify: Socket) -> None:
         """Returns on containerd's own READY=1 (sd_notify(3))."""
@@ -249,6 +254,7 @@ class PrivateContainerd:
                 f"  address = {json.dumps(str(self.socket))}",
                 self.cri.render(version) if self.cri else "",
                 *self._blockfile(),
+                *self._erofs(),
                 "",
             ]
         )
@@ -261,6 +267,16 @@ class PrivateContainerd:
             f"  scratch_file = {json.dumps(str(self.scratch))}",
             '  fs_type = "ext4"',
         ]
+
+    def _erofs(self) -> list[str]:
+        """For the snapshotter of this name, layers are unpacked into images of that file system."""
+        if not self.erofs or self.version() < (2, 1) or not self.makes_erofs():
+            return []
+        return ['[plugins."io.containerd.service.v1.diff-service"]', '  default = ["erofs", "walking"]']
+
+    def makes_erofs(self) -> bool:
+        """Whether there is the program that makes images with erofs."""
+        return shutil.which("mkfs.erofs", path=self._path()) is not None
 
     def generation(self) -> int:
         """The first number of containerd's version. Raises ContainerdError when it does not tell."""

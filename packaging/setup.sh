@@ -33,6 +33,8 @@ packages() {
         if [ "$release" = 12 ]; then echo qemu-system-misc; else echo qemu-system-s390x; fi
         # A program that serves disks; Debian 12 has it in QEMU's common package.
         if [ "$release" != 12 ]; then echo qemu-utils; fi
+        # containerd's snapshotter erofs makes layers with it; Debian 12 has one that is too old.
+        if [ "$release" != 12 ]; then echo erofs-utils; fi
     fi
     # The smallest possible guest program, which measurements are compared with, is written in C.
     if [ "$bench" = yes ]; then

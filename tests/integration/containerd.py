@@ -186,6 +186,7 @@ def running(namespace: str) -> Iterator[Containerd]:
         environment={"KATA_CONF_FILE": str(config)},
         log_level=os.environ.get("KATA_PY_TEST_LOG_LEVEL", "info"),
         scratch=scratch,
+        erofs=True,
     )
     try:
         server.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import pytest
 from containerd_versions import Containerd, Result, VersionsError
 
 from guest_image.errors import ToolFailed
+from guest_image.tools import LOADERS, Root, host_arch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +76,22 @@ def test_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(VersionsError) as caught:
         containerd_versions.fetched("sid")
     assert str(caught.value) == "cannot get containerd of Debian sid: E: Unable to locate package containerd"
+
+
+def test_a_program_of_another_release_has_its_own_libraries(tmp_path: Path) -> None:
+    root = Root(tmp_path / "its root", host_arch(), {})
+    for folder in root.library_dirs():
+        folder.mkdir(parents=True, exist_ok=True)
+    loader = root.library_dirs()[0] / LOADERS[host_arch()][1]
+    loader.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    loader.chmod(0o755)
+    script = tmp_path / "mkfs.erofs"
+    containerd_versions.launcher(root, tmp_path / "its root" / "mkfs.erofs", script)
+    said = subprocess.run([script, "--tar=f", "a b"], capture_output=True, text=True, check=True).stdout
+    option, libraries, program, *words = said.splitlines()
+    assert option == "--library-path"
+    assert libraries.split(":")[0] == str(loader.parent)
+    assert (program, words) == (f"{tmp_path}/its root/mkfs.erofs", ["--tar=f", "a b"])
 
 
 Runs = list[tuple[Containerd, str, tuple[str, ...]]]
