@@ -219,8 +219,8 @@ def test_config_map_changes_at_once(pod: Pod, tmp_path: Path, count: int) -> Non
     assert {"version 0 ", "version 3 "} <= seen <= {"", *(f"version {version} " for version in range(4))}
 
 
-# Run by the host's Python, which the container sees; busybox has no program that is notified. Prints a line for
-# each change of versions in one of the directories: its name, and what all files say.
+# Run by the host's Python, which the container sees; busybox has no program that is notified. Prints two
+# lines for each change of versions in one of the directories: its name at once, and then what all files say.
 NOTIFIED = """
 import ctypes, os, struct, sys
 libc = ctypes.CDLL(None)
@@ -234,6 +234,7 @@ while True:
         name, data = data[16:16 + size].rstrip(bytes(1)), data[16 + size:]
         folder = b"/config/" + folders[handle]
         if name == b"..data":
+            print(folders[handle].decode(), "told", flush=True)
             texts = {open(folder + b"/" + key).read() for key in os.listdir(folder) if key[:2] != b".."}
             print(folders[handle].decode(), *texts, flush=True)
 """
@@ -268,11 +269,18 @@ def test_programs_are_notified_of_changes(pod: Pod, tmp_path: Path) -> None:
     )
     expected = "ready\n"
     eventually(lambda: pod.output("notified") == expected, "the program watches")
-    for text in ("new", "newer"):
+    took_s: dict[int, list[float]] = {count: [] for count in counts}
+    for text in ("new", "newer", "newest"):
         for count in counts:
             write(count, text)
+            written = time.monotonic()
+            expected += f"of{count} told\n"
+            eventually(lambda: pod.output("notified").startswith(expected), f"{count} files: {expected}")  # noqa: B023
+            took_s[count].append(time.monotonic() - written)
             expected += f"of{count} {text}\n"
             eventually(lambda: pod.output("notified") == expected, f"{text!r} in {count} files: {expected}")  # noqa: B023
+    # One time out of three at least: what else keeps the machine busy at the others is no concern of the volumes.
+    assert max(min(times) for times in took_s.values()) < UPDATE_LIMIT_S, took_s
     assert "Read-only file system" in refused(pod, container, "touch /host/config/of1/new")
     assert pod.exec(container, "stat", "-c", "%g %a", "/host/config/of1") == f"{GROUP} 2775\n"
 
