@@ -217,7 +217,7 @@ class AgentClient:
         return await self._agent(services.GET_VOLUME_STATS, request, self._timeout_s)
 
     async def resize_volume(self, request: pb.ResizeVolumeRequest) -> Empty:
-        """Agents so far answer UNIMPLEMENTED."""
+        """Grow a volume's file system to the size that its disk has by now; Kata's agents answer UNIMPLEMENTED."""
         return await self._agent(services.RESIZE_VOLUME, request, self._timeout_s)
 
     # Health

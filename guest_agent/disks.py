@@ -106,6 +106,11 @@ async def locate(storages: Iterable[agent_pb2.Storage], finder: Finder) -> None:
     for storage in storages:
         if storage.driver in DRIVERS and not storage.source.startswith("/dev/"):
             storage.source = await finder.find(storage.driver, storage.source)
+            # Disks with the rest of the file system (erofs).
+            for index, option in enumerate(storage.options):
+                name, _, address = option.partition("=")
+                if name == "device" and not address.startswith("/dev/"):
+                    storage.options[index] = f"device={await finder.find(storage.driver, address)}"
 
 
 async def hand_out(request: agent_pb2.CreateContainerRequest, finder: Finder) -> None:

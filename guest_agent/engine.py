@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import socket
 import sys
-from _thread import allocate_lock, start_new_thread
+from _thread import allocate_lock
 from asyncio import get_running_loop
 from functools import partial
 from typing import TYPE_CHECKING
 
 from guest_agent import errors, syscalls
+from guest_agent.spawn import in_thread
 from guest_agent.stdio import Stdio
 
 if TYPE_CHECKING:
@@ -136,22 +137,11 @@ class Engine:
 
     async def _verb(self, verb: Callable[[], T]) -> T:
         """Do it in a thread, and turn the engine's errors into the agent's. It cannot be cancelled."""
-        done: asyncio.Future[T] = self._loop.create_future()
-
-        def run() -> None:
-            try:
-                result = verb()
-            except BaseException as err:
-                self._loop.call_soon_threadsafe(_settle, done, partial(done.set_exception, err))
-            else:
-                self._loop.call_soon_threadsafe(_settle, done, partial(done.set_result, result))
-
         from oci_engine.errors import EngineError
 
         with self._reaper.births():
-            start_new_thread(run, ())
             try:
-                return await done
+                return await in_thread(verb)
             except EngineError as err:
                 raise _translated(err) from err
 
@@ -168,12 +158,6 @@ class Engine:
         self._loop.call_soon_threadsafe(lambda: self._reaper.watch(pid).add_done_callback(tell))
         ended.acquire()
         return codes[0]
-
-
-def _settle(done: asyncio.Future[T], settle: Callable[[], None]) -> None:
-    """Unless nobody waits for it any more."""
-    if not done.done():
-        settle()
 
 
 def _translated(error: Exception) -> errors.AgentError:

@@ -61,7 +61,7 @@ class Sandbox:
         cgroup_root: str = cgroup.ROOT,
     ) -> None:
         self.id = ""
-        self.storages = Storages(modules)
+        self.storages = Storages(modules, reaper)
         self.stopped = asyncio.Event()
         self._engine = engine
         self._modules = modules
@@ -140,10 +140,18 @@ class Sandbox:
             cgroup.enable_controllers(self._cgroup_root)
             self._prepared = True
 
-    def create(self, request: agent_pb2.CreateSandboxRequest) -> None:
+    async def create(self, request: agent_pb2.CreateSandboxRequest) -> None:
         """Set the guest up. Raises AlreadyExists the second time, ModuleMissing, InvalidRequest, OSError."""
         if self.id:
             raise AlreadyExists(f"this guest is sandbox {self.id} already")
+        self.id = request.sandbox_id or "sandbox"
+        try:
+            await self._set_up(request)
+        except BaseException:
+            self.id = ""
+            raise
+
+    async def _set_up(self, request: agent_pb2.CreateSandboxRequest) -> None:
         self._modules.load_for_devices()
         for module in request.kernel_modules:
             self._modules.load(module.name, " ".join(module.parameters))
@@ -151,12 +159,11 @@ class Sandbox:
         # Without a name of its own a machine is called "(none)", which programs take for an error.
         socket.sethostname(request.hostname[:64] or "localhost")
         machine.raise_loopback()
-        self.storages.add(request.storages, SANDBOX_USER)
+        await self.storages.add(request.storages, SANDBOX_USER)
         if request.guest_hook_path:
             self._log.warning("guest_hooks_not_run", path=request.guest_hook_path)
         if request.dns:
             _write_resolv_conf(request.dns)
-        self.id = request.sandbox_id or "sandbox"
 
     async def create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
         """Create a container up to the point where its program could run. All or nothing.
@@ -189,7 +196,7 @@ class Sandbox:
         self._containers[container_id] = container
         try:
             async with container.lock:
-                self.storages.add(request.storages, container_id)
+                await self.storages.add(request.storages, container_id)
                 try:
                     await container.create()
                 except BaseException:

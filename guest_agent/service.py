@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from google.protobuf.empty_pb2 import Empty
@@ -18,6 +19,7 @@ from guest_agent import machine
 from guest_agent.errors import InvalidRequest, NotFound, NotSupported
 from guest_agent.namespaces import drop_missing_security, drop_v1_limits
 from guest_agent.sandbox import refuse_nul, refuse_unsupported
+from guest_agent.spawn import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -66,6 +68,7 @@ class AgentService:
             "UpdateEphemeralMounts": self.update_ephemeral_mounts,
             "GetMetrics": self.get_metrics,
             "GetVolumeStats": self.get_volume_stats,
+            "ResizeVolume": self.resize_volume,
             "GetDiagnosticData": self.get_diagnostic_data,
             "GetOOMEvent": self.get_oom_event,
             "AddSwap": self.add_swap,
@@ -127,10 +130,13 @@ class AgentService:
 
     async def create_sandbox(self, request: agent_pb2.CreateSandboxRequest, call: Call) -> Empty:
         refuse_nul(request)
-        await self._find_disks(request.storages)
-        self._sandbox.create(request)
-        self._log.info("sandbox_created", sandbox=self._sandbox.id)
-        return Empty()
+
+        async def create() -> None:
+            await self._find_disks(request.storages)
+            await self._sandbox.create(request)
+            self._log.info("sandbox_created", sandbox=self._sandbox.id)
+
+        return await self._finish(create())
 
     async def destroy_sandbox(self, request: agent_pb2.DestroySandboxRequest, call: Call) -> Empty:
         return await self._finish(self._sandbox.destroy())
@@ -234,7 +240,21 @@ class AgentService:
         from guest_agent import stats
 
         refuse_nul(request)
-        return stats.volume_stats(request.volume_guest_path)
+        return await in_thread(partial(stats.volume_stats, request.volume_guest_path))
+
+    async def resize_volume(self, request: agent_pb2.ResizeVolumeRequest, call: Call) -> Empty:
+        from guest_agent import resize
+        from guest_agent.hardware import HardwareFinder
+
+        refuse_nul(request)
+        self._sandbox.storages.check_disk(request.volume_guest_path)
+        disk = resize.Disk(request.volume_guest_path)
+        disk.look_again()
+        finder = HardwareFinder(
+            self._uevents, self._sandbox.load_driver, patience_s=self._settings.hotplug_timeout_s
+        )
+        await finder.until(lambda: disk.size_bytes >= request.size, f"a disk of {request.size} bytes")
+        return await self._finish(in_thread(partial(disk.grow, request.size)))
 
     async def get_diagnostic_data(
         self, request: agent_pb2.GetDiagnosticDataRequest, call: Call

@@ -8,11 +8,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from asyncio import Lock
+from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from guest_agent import syscalls
 from guest_agent.errors import InvalidRequest, NotSupported
 from guest_agent.mount import mount, unmount
+from guest_agent.spawn import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from agent_proto.gen import agent_pb2
     from guest_agent.hugepages import Reservation
     from guest_agent.modules import Modules
+    from guest_agent.reaper import Reaper
 
     Handler = Callable[["agent_pb2.Storage"], None]
 
@@ -28,18 +33,26 @@ SANDBOX_USER = "/sandbox"
 #: types.FSGroupChangePolicy.OnRootMismatch
 _ON_ROOT_MISMATCH = 1
 _SETGID_GROUP_BITS = 0o2070
+_CLONE_FS = 0x200
+#: As much as mount(2) takes: the rest of a page, and it cuts off what is longer without a word.
+_DATA_LIMIT = 4095
+#: Storages whose mounting may wait long: for a disk, and for the log of the file system on it.
+_SLOW = frozenset({"blk", "blk-ccw", "mmioblk", "nvdimm", "scsi", "overlayfs"})
 
 
 class Storages:
     """What is mounted, and for whom."""
 
-    def __init__(self, modules: Modules) -> None:
+    def __init__(self, modules: Modules, reaper: Reaper | None = None) -> None:
         self._modules = modules
+        self._reaper = reaper
         self._users: dict[str, set[str]] = {}
         self._made: set[str] = set()
         self._on_disks: set[str] = set()
         # By mount point and user.
         self._huge_pages: dict[tuple[str, str], Reservation] = {}
+        # One for each mount point: who comes second waits until the first one has mounted it.
+        self._locks: WeakValueDictionary[str, Lock] = WeakValueDictionary()
         self._handlers: dict[str, Handler] = {
             "virtio-fs": self._mount_as_is,
             "9p": self._mount_9p,
@@ -60,22 +73,23 @@ class Storages:
     def drivers(self) -> list[str]:
         return sorted(self._handlers)
 
-    def add(self, storages: Iterable[agent_pb2.Storage], user: str) -> None:
+    async def add(self, storages: Iterable[agent_pb2.Storage], user: str) -> None:
         """Mount what is not mounted yet, for `user`. All or nothing: when one fails, those before it are released.
 
         Raises NotSupported, InvalidRequest, OSError.
         """
         added: list[str] = []
         try:
-            for storage in storages:
-                if self._add(storage, user):
-                    added.append(storage.mount_point)  # noqa: PERF401  # it must hold what worked so far
+            for storage in _spread(storages, user):
+                async with self._locks.setdefault(storage.mount_point, Lock()):
+                    if await self._add(storage, user):
+                        added.append(storage.mount_point)
         except BaseException:
             for mount_point in reversed(added):
                 self._release(mount_point, user)
             raise
 
-    def _add(self, storage: agent_pb2.Storage, user: str) -> bool:
+    async def _add(self, storage: agent_pb2.Storage, user: str) -> bool:
         handler = self._handlers.get(storage.driver)
         if handler is None:
             raise NotSupported(f"storage driver {storage.driver!r} for {storage.mount_point}")
@@ -90,7 +104,12 @@ class Storages:
             return True
         self._reserve(storage, user)
         try:
-            self._mount(handler, storage)
+            if storage.driver_options and storage.driver in _SLOW:
+                await self._mount_encrypted(handler, storage)
+            elif storage.driver in _SLOW:
+                await in_thread(partial(self._mount, handler, storage))
+            else:
+                self._mount(handler, storage)
         except BaseException:
             self._give_back(storage.mount_point, user)
             raise
@@ -109,6 +128,25 @@ class Storages:
         reservation = self._huge_pages.pop((mount_point, user), None)
         if reservation is not None:
             reservation.give_back()
+
+    async def _mount_encrypted(self, handler: Handler, storage: agent_pb2.Storage) -> None:
+        from guest_agent import encryption
+
+        if not encryption.wanted(storage):
+            return await in_thread(partial(self._mount, handler, storage))
+        assert self._reaper is not None
+        disk = storage.source
+        storage.source = await encryption.prepare(storage, self._modules, self._reaper)
+        try:
+            await in_thread(partial(self._mount, handler, storage))
+            try:
+                encryption.set_owner(storage)
+            except BaseException:
+                self._unmount(storage.mount_point)
+                raise
+        except BaseException:
+            encryption.close(f"kata-py-{os.path.basename(disk)}")
+            raise
 
     def _mount(self, handler: Handler, storage: agent_pb2.Storage) -> None:
         if not os.path.lexists(storage.mount_point):
@@ -141,6 +179,11 @@ class Storages:
     def disks_of(self, user: str) -> list[str]:
         """Mount points of the disks that only `user` uses."""
         return [path for path in self._users if path in self._on_disks and self._users[path] == {user}]
+
+    def check_disk(self, mount_point: str) -> None:
+        """Raises InvalidRequest when no disk is mounted there by a storage."""
+        if mount_point not in self._on_disks:
+            raise InvalidRequest(f"{mount_point} is no storage with a disk")
 
     def _release(self, mount_point: str, user: str) -> None:
         users = self._users[mount_point]
@@ -189,8 +232,25 @@ class Storages:
         for option in storage.options:
             name, _, path = option.partition("=")
             if name in ("upperdir", "workdir"):
-                os.makedirs(path, exist_ok=True)
-        self._mount_as_is(storage)
+                os.makedirs(path, 0o755, exist_ok=True)
+        if len(",".join(storage.options)) <= _DATA_LIMIT:
+            self._mount_as_is(storage)
+            return
+        # Many layers: named as they are seen from where they are, by a thread with a working directory of its own.
+        layers = (_option(storage.options, "lowerdir") or "").split(":")
+        parent = os.path.commonpath(layers)
+        short = ":".join(os.path.relpath(layer, parent) for layer in layers)
+        options = [option for option in storage.options if not option.startswith("lowerdir=")]
+        options.append(f"lowerdir={short}")
+        if len(",".join(options)) > _DATA_LIMIT:
+            raise InvalidRequest(
+                f"storage {storage.mount_point}: {len(layers)} layers do not fit into one mount; use fewer"
+            )
+        syscalls.unshare(_CLONE_FS)
+        os.chdir(parent)
+        self._modules.load_if_present(storage.fstype)
+        os.makedirs(storage.mount_point, exist_ok=True)
+        mount(storage.source, storage.mount_point, storage.fstype, options)
 
     def _mount_ephemeral(self, storage: agent_pb2.Storage) -> None:
         os.makedirs(storage.mount_point, exist_ok=True)
@@ -239,6 +299,16 @@ class Storages:
                 f"options: {options}"
             ) from err
         self._on_disks.add(storage.mount_point)
+
+
+def _spread(storages: Iterable[agent_pb2.Storage], user: str) -> list[agent_pb2.Storage]:
+    """Those that are the layers of one root file system, as Kata has it, become storages of their own."""
+    listed = list(storages)
+    if not any(option.startswith("X-kata.") for storage in listed for option in storage.options):
+        return listed
+    from guest_agent import layers
+
+    return layers.spread(listed, user)
 
 
 def flush(mount_point: str) -> None:

@@ -48,7 +48,11 @@ KERNEL_MODULES = (
 )
 #: What few guests load and much memory would go to: it is in the image compressed. File systems and buses of disks that
 #: the host plugs in, devices that containers ask for.
-SELDOM_MODULES = ("ext4", "xfs", "erofs", "virtio_scsi", "sd_mod", "tun")
+SELDOM_MODULES = ("ext4", "xfs", "erofs", "virtio_scsi", "sd_mod", "tun", *("dm_crypt", "xts", "ecb"))
+#: Of these each architecture has one: encryption by the processor's own instructions.
+SELDOM_SOME_MODULES = ("aesni_intel", "aes_ce_blk", "aes_s390")
+#: Makes the file systems of disks that only the guest can read.
+SELDOM_PROGRAM = ("usr/sbin/mke2fs", "sbin/mke2fs")
 #: And what it loads where the host's byte order may be another one, which virtiofs does not bridge.
 BIG_ENDIAN_MODULES = ("9pnet_virtio", "9p")
 #: The same, of kernels that have them: before Linux 6.13 there is no virtio-mem on s390x.
@@ -167,8 +171,10 @@ class _Image:
             *filter(self._modules_dir.has_file, SOME_KERNELS_MODULES),
         )
         usual = {module.name for module in self._modules_dir.closure(wanted)}
-        drivers = self._modules_dir.closure((*wanted, *SELDOM_MODULES))
+        some = filter(self._modules_dir.has_file, SELDOM_SOME_MODULES)
+        drivers = self._modules_dir.closure((*wanted, *SELDOM_MODULES, *some))
         seldom = frozenset(module.name for module in drivers) - usual
+        contents.seldom_program("programs", guest.find(*SELDOM_PROGRAM))
         contents.kernel_modules(self._modules_dir.release, drivers, self._modules_dir.builtin, seldom)
         self._module_names = [module.name for module in drivers]
 
@@ -254,7 +260,7 @@ def _sources(arch: str, suite: str | None, progress: Callable[[str], None]) -> _
     stdlib = f"lib{python.removesuffix('-minimal')}-stdlib"
     tool_names = ["lz4", "zstd", python, stdlib]
     guest_packages = apt.closure(
-        [python, stdlib, "libseccomp2", *(tool_names if arch == host_arch() else ())]
+        [python, stdlib, "libseccomp2", "e2fsprogs", *(tool_names if arch == host_arch() else ())]
     )
     kernel_packages = apt.alone([image])
     guest = apt.unpack("root", guest_packages, progress)

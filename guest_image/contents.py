@@ -83,6 +83,19 @@ class Contents:
         for name in elf.needed():
             self.library(name)
 
+    def seldom_program(self, part: str, source: Path) -> None:
+        """A program that few guests run: it and the libraries that nothing else has are compressed with zlib, which the
+        guest's interpreter has built in, in a folder of its own."""
+        left, done = [(source.name, source)], set()
+        while left:
+            name, path = left.pop()
+            if name in done or f"{self._library_dir}/{name}" in self.tree:
+                continue
+            done.add(name)
+            data = self._taken(path.resolve())
+            self.add(part, f"{DATA_DIR}/programs/{source.name}/{name}.z", zlib.compress(data, 9))
+            left += [(needed, self._library_file(needed)) for needed in Elf(data, name).needed()]
+
     def extension(self, part: str, source: Path, target: str) -> None:
         """A Python extension module, without libraries that it was linked with for nothing."""
         elf = Elf(self._taken(source), source.name)
@@ -101,16 +114,16 @@ class Contents:
         target = f"{self._library_dir}/{name}"
         if target in self.tree:
             return
-        for directory in self._root.library_dirs():
-            path = directory / name
-            if path.is_file():
-                data = self._taken(path.resolve())
-                break
-        else:
-            raise ImageError(f"none of the unpacked packages has the library {name}")
+        data = self._taken(self._library_file(name).resolve())
         self.add("libraries", target, data, 0o755)
         for needed in Elf(data, name).needed():
             self.library(needed)
+
+    def _library_file(self, name: str) -> Path:
+        for directory in self._root.library_dirs():
+            if (directory / name).is_file():
+                return directory / name
+        raise ImageError(f"none of the unpacked packages has the library {name}")
 
     def python(self, modules: ModuleSet, python_name: str) -> None:
         """Bytecode without sources: one bundle, and beside it what the interpreter needs before it can read it."""

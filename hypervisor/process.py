@@ -15,10 +15,10 @@ What a helper can rely on, and what it cannot do:
   its own children are reached by killing its group.
 - Leaving the block means it is gone and reaped, whatever happened meanwhile.
 
-Why like this: `preexec_fn` is safe here because the daemon has one thread. It makes a start cost a full fork
-(2.5 ms) instead of a vfork (0.3 ms); a program in between that sets the signal (setpriv) would cost the same
-in the end, and could not tell that we died before it ran. The end of a process is watched through its pidfd
-on the event loop; asyncio's own subprocesses cost a thread each on Python 3.11.
+Why like this: `preexec_fn` is safe here, because what it calls takes no lock that another thread of the daemon might
+hold at the fork. It makes a start cost a full fork (2.5 ms) instead of a vfork (0.3 ms); a program in between that sets
+the signal (setpriv) would cost the same in the end, and could not tell that we died before it ran. The end of a process
+is watched through its pidfd on the event loop; asyncio's own subprocesses cost a thread each on Python 3.11.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def _popen(
             env={**_ENVIRONMENT, **what.environment},
             cwd="/",
             start_new_session=True,
-            preexec_fn=child_setup,  # one thread: see the module's docstring
+            preexec_fn=child_setup,  # see the module's docstring
         )
     except OSError as err:
         if err.errno in SHORTAGES:

@@ -17,6 +17,7 @@ import structlog
 from agent_proto.gen import agent_pb2
 from shim import architecture, disk_needs, oci, paths, stand_in, volumes
 from shim.agent import answered
+from shim.aside import aside, aside_with_undo
 from shim.bundle import Bundle
 from shim.container import Container
 from shim.container_events import ContainerEvents
@@ -39,10 +40,11 @@ if TYPE_CHECKING:
     from shim.background import InBackground
     from shim.boot import Boot
     from shim.bring_up import RunningGuest
-    from shim.disk_needs import Needs
+    from shim.disk_needs import Need, Needs
     from shim.disks import ContainerDisks
     from shim.events import Publisher
     from shim.io import Stdio
+    from shim.layers import LayerDisks, Layers
     from shim.passthrough import Group
     from shim.share import SharedDir
     from shim.sizing import Demand
@@ -82,6 +84,7 @@ class _Prepared(NamedTuple):
 
     io: ProcessIO
     needs: Needs
+    layers: LayerDisks | None
     demand: Demand
     swap_bytes: int
     volumes: Volumes
@@ -135,7 +138,7 @@ class Creation:
         io = await ProcessIO.open(self._request.stdio, self._what, owner=self._id, namespace=around.namespace)
         undo.callback(io.abort)
         needs = disk_needs.devices_on_disks(spec, boot.config.hypervisor)
-        rootfs = self._add_rootfs(needs, undo)
+        rootfs, layers = await self._add_rootfs(needs, undo)
         await around.suit(self._id, spec.Process)
         swap_bytes = 0
         if boot.config.hypervisor.enable_guest_swap:
@@ -155,16 +158,19 @@ class Creation:
         boot.devices.edit(spec, self._devices)
         needs.name_devices_in(spec)
         _add_pod_settings(spec, around.etc, boot.pod.sysctls)
-        mounted = volumes.reach(
-            spec,
-            self._bundle,
-            needs,
-            sandbox_id=around.sandbox_id,
-            share=around.share,
-            config=boot.config,
-            undo=undo,
+        mounted = await aside_with_undo(
+            lambda own: volumes.reach(
+                spec,
+                self._bundle,
+                needs,
+                sandbox_id=around.sandbox_id,
+                share=around.share,
+                config=boot.config,
+                undo=own,
+            ),
+            undo,
         )
-        return _Prepared(io, needs, demand, swap_bytes, mounted, joins_pidns)
+        return _Prepared(io, needs, layers, demand, swap_bytes, mounted, joins_pidns)
 
     async def _make_in_guest(
         self, prepared: _Prepared, running: RunningGuest, undo: ExitStack, undo_in_guest: AsyncExitStack
@@ -196,6 +202,8 @@ class Creation:
         if prepared.needs.disks:
             disks = await running.disks.attach(prepared.needs.disks, message)
             undo_in_guest.push_async_callback(disks.release)
+            if prepared.layers is not None:
+                message.storages.extend(prepared.layers.storages())
         message.OCI.CopyFrom(spec)
         if await hooks.prepare():
             await running.network.catch_up(running.agent, machine)
@@ -217,20 +225,42 @@ class Creation:
             before_start=partial(_before_start, self._bundle, around, running),
         )
 
-    def _add_rootfs(self, needs: Needs, undo: ExitStack) -> str:
-        """See to it that the guest finds the root file system, and return where; one on a disk it mounts itself."""
-        share, mounts = self._around.share, self._request.rootfs
-        disk = disk_needs.rootfs_on_disk(
-            self._id,
-            mounts,
-            guest_rootfs(self._id),
-            self._around.boot.config.hypervisor,
-            share.host_mounts,
-        )
-        if disk is None:
-            return share.add_rootfs(self._id, mounts, self._bundle.rootfs, undo)
-        needs.disks.append(disk)
-        return share.add_guests_rootfs(self._id, undo)
+    async def _add_rootfs(self, needs: Needs, undo: ExitStack) -> tuple[str, LayerDisks | None]:
+        """See to it that the guest finds the root file system, and return where; one on a disk it mounts itself, and
+        one of layers it also puts together."""
+        share, mounts, qemu = self._around.share, self._request.rootfs, self._around.boot.config.hypervisor
+        mount_point = guest_rootfs(self._id)
+
+        def look() -> tuple[Layers | None, bool, Need | None]:
+            layers = None
+            if mounts:
+                from shim.layers import described
+
+                layers = described(self._id, mounts, share.host_mounts)
+            if layers is not None:
+                return layers, qemu.disable_block_device_use or layers.written_on_host, None
+            disk = disk_needs.rootfs_on_disk(self._id, mounts, mount_point, qemu, share.host_mounts)
+            return None, False, disk
+
+        layers, by_host, disk = await aside(look)
+        if layers is not None and not by_host:
+            from shim.layers import disks
+
+            in_guest = disks(layers, qemu, mount_point)
+            needs.disks.extend(in_guest.needs)
+            return share.add_guests_rootfs(self._id, undo), in_guest
+        if disk is not None:
+            needs.disks.append(disk)
+            return share.add_guests_rootfs(self._id, undo), None
+
+        if layers is None:
+            add = partial(share.add_rootfs, self._id, mounts, self._bundle.rootfs)
+        else:
+            from shim.layers import make_image
+
+            await make_image(layers, share.host_mounts)
+            add = partial(share.add_layers, self._id, layers)
+        return await aside_with_undo(add, undo), None
 
     def _take_devices_back(self, running: RunningGuest) -> None:
         # The guest may take its time to let go of them, and nobody waits for that.

@@ -53,11 +53,30 @@ _OF_BINDS = frozenset(
 Name = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class NewImage:
+    """An image that is made when it is not there yet: `name` in a folder of the host. Without a size it is as large as
+    the folder's file system; its root may have the folder's owner and mode. `what` needs it, and `otherwise` is what to
+    do when that is not to be had."""
+
+    folder: str
+    name: str
+    what: str
+    otherwise: str
+    size_bytes: int = 0
+    like_folder: bool = False
+    blank: bool = False
+    """The guest makes the file system: the image is nothing but so large."""
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder.rstrip('/')}/{self.name}"
+
+
 @dataclass(kw_only=True)
 class Need:
     """One disk: what of the host is on it. With a `container_path` the container gets the disk itself, else the guest
-    mounts it: at `mount_point`, or at a place of its own, which `mount` then gets as its source. `direct` says that the
-    host knows nothing but the description of it."""
+    mounts it: at `mount_point`, or at a place of its own, which `mount` then gets as its source."""
 
     path: str
     read_only: bool = False
@@ -68,11 +87,19 @@ class Need:
     mount_point: str = ""
     mount: oci_pb2.Mount | None = None
     fs_group: agent_pb2.FSGroup | None = None
-    direct: bool = False
+    volume: str = ""
+    """What containers mount a direct volume from."""
     served: bool = False
     """Whether `path` is the socket of a program that serves the disk."""
-    empty_dir: str = ""
-    """The directory of the `emptyDir` whose image `path` is, which is made when it is not there yet."""
+    image: NewImage | None = None
+    """What `path` is, when it has to be made first."""
+    rest_of: Need | None = None
+    """The disk with the file system that this one has more of (erofs), which is the next one to have no such."""
+    driver_options: Sequence[str] = ()
+    whole_life: bool = False
+    """It stays as long as the sandbox: what is on it would be lost when the guest forgets it."""
+    place: str = ""
+    """Where the guest mounts it, once that is known."""
 
 
 @dataclass(kw_only=True)
@@ -116,7 +143,7 @@ def rootfs_on_disk(
     (mount,) = rootfs
     if not _may_be_on_disk(mount.source, mount.options, namespace):
         return None
-    _check_driver(qemu, f"the root file system of container {container_id}")
+    check_driver(qemu, f"the root file system of container {container_id}")
     return _mounted(mount.source, mount.type, mount.options, mount_point=mount_point)
 
 
@@ -152,7 +179,7 @@ def devices_on_disks(spec: oci_pb2.Spec, qemu: Qemu) -> Needs:
                 f"device {device.Path} cannot reach the guest: disable_block_device_use is set; remove it, or run the "
                 "container without the device"
             )
-        _check_driver(qemu, f"device {device.Path}")
+        check_driver(qemu, f"device {device.Path}")
         writes = any("w" in rule.Access for rule in rules) if rules else True
         needs.disks.append(
             Need(
@@ -185,13 +212,13 @@ def volume_on_disk(
     if need is None:
         return None
     if qemu.disable_block_device_use:
-        if need.direct:
+        if need.volume:
             raise InvalidRequest(
                 f"volume {source} for {mount.destination} is to be mounted by the guest, and disable_block_device_use "
                 "is set; remove it"
             )
         return None
-    _check_driver(qemu, f"volume {mount.destination}")
+    check_driver(qemu, f"volume {mount.destination}")
     if not need.container_path:
         need.mount = mount
     return need
@@ -256,7 +283,7 @@ def _direct(info: MountInfo, mount: oci_pb2.Mount, source: str) -> Need:
     need = _mounted(
         info.device, info.fstype or "ext4", (*(info.options or ()), *(_READ_ONLY & {*mount.options}))
     )
-    need.direct = True
+    need.volume = source
     metadata = info.metadata or MountInfo.Metadata()
     if metadata.fsGroup:
         if not metadata.fsGroup.isdecimal():
@@ -294,7 +321,8 @@ def _may_be_on_disk(source: str, options: Sequence[str], namespace: int | None) 
     return kind == stat.S_IFBLK or (kind == stat.S_IFREG and "loop" in options)
 
 
-def _check_driver(qemu: Qemu, what: str) -> None:
+def check_driver(qemu: Qemu, what: str) -> None:
+    """Raises NotSupported when disks of this configuration cannot be plugged in."""
     if qemu.block_device_driver == "virtio-pmem":
         raise NotSupported(
             f"{what} needs a disk, and no persistent memory is added to a running machine: set block_device_driver to "

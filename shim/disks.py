@@ -6,6 +6,7 @@ import asyncio
 import os
 import stat
 from base64 import urlsafe_b64encode
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
@@ -15,6 +16,7 @@ import structlog
 from hypervisor.errors import HypervisorError
 from hypervisor.spec import Disk, VhostUserDisk
 from shim import mounts
+from shim.aside import aside
 from shim.disk_needs import of_bind
 from shim.errors import InvalidRequest
 
@@ -30,6 +32,8 @@ log = structlog.get_logger()
 
 # Where the guest mounts disks that are not a container's root, in Kata's layout.
 _STORAGE_DIR = "/run/kata-containers/sandbox/storage"
+# Who uses what stays as long as the sandbox; no container's id has a slash.
+_SANDBOX = "/sandbox"
 # A disk's time to go within a deletion; it goes on going afterwards.
 _UNPLUG_LIMIT_S = 2.0
 
@@ -43,6 +47,13 @@ class _Attached(NamedTuple):
     users: set[str]
 
 
+class Volume(NamedTuple):
+    """A direct volume that the guest has: its disk, and where that is mounted there."""
+
+    disk: str
+    place: str
+
+
 class Disks:
     """What is plugged in, by what is on it. `namespace` is the mount namespace that sources are looked for in."""
 
@@ -50,6 +61,7 @@ class Disks:
         self._machine = machine
         self._namespace = namespace
         self._attached: dict[Hashable, _Attached] = {}
+        self._volumes: dict[str, Volume] = {}
         self._count = 0
         # One for each disk: a guest that does not let go of one delays nobody who wants another.
         self._locks: WeakValueDictionary[Hashable, asyncio.Lock] = WeakValueDictionary()
@@ -67,22 +79,37 @@ class Disks:
         sources = {}
         try:
             for need in needs:
-                address = await self._plug(need, user)
+                disk, address = await self._plug(need, user)
                 if need.container_path:
                     message.devices.add(
                         id=address.address, type=address.driver, container_path=need.container_path
                     )
+                elif need.rest_of is not None:
+                    need.rest_of.options = [*need.rest_of.options, f"device={address.address}"]
                 else:
                     sources[self._add_storage(need, address, message)] = need.path
+                    if need.volume:
+                        self._volumes[need.volume] = Volume(disk, need.place)
         except BaseException:
             await self.release(user)
             raise
         return ContainerDisks(self, user, sources)
 
+    def volume(self, path: str) -> Volume | None:
+        """The direct volume that containers mount from that path; None when there is no such here."""
+        return self._volumes.get(path)
+
+    async def resize(self, volume: Volume, size_bytes: int) -> None:
+        """Let the guest see that a disk is as large as that. Raises HotplugRefused, QmpError."""
+        await self._machine.resize_disk(volume.disk, size_bytes)
+
     def writes(self, user: str = "") -> bool:
-        """Whether something that the container (default: any) has written may not be on its disk yet."""
+        """Whether something that the container (default: any) has written may not be on its disk yet. What nobody can
+        read when the sandbox has ended does not count."""
         return any(
-            not entry.read_only and (user in entry.users or (entry.users and not user))
+            not entry.read_only
+            and _SANDBOX not in entry.users
+            and (user in entry.users or (entry.users and not user))
             for entry in self._attached.values()
         )
 
@@ -103,7 +130,8 @@ class Disks:
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
 
-    async def _plug(self, need: Need, user: str) -> DiskAddress:
+    async def _plug(self, need: Need, user: str) -> tuple[str, DiskAddress]:
+        """The disk's id and address."""
         if need.served:
             return await self._plug_served(need, user)
         fd = await self._open(need)
@@ -122,7 +150,9 @@ class Disks:
                     log.info("disk_plugged", source=need.path, disk=disk.id, address=address.address)
                     entry = self._attached[key] = _Attached(disk.id, disk.read_only, address, set())
                 entry.users.add(user)
-                return entry.address
+                if need.whole_life:
+                    entry.users.add(_SANDBOX)
+                return entry.id, entry.address
         finally:
             os.close(fd)
 
@@ -133,20 +163,23 @@ class Disks:
             os.close(fd)
 
     async def _open(self, need: Need) -> int:
-        if need.empty_dir:
-            from shim.empty_dirs import open_image
+        if need.image is not None:
+            from shim.ext4_images import open_image
 
-            async with self._lock(("empty_dir", need.empty_dir)):  # made once, for all containers
-                return await open_image(need.empty_dir, self._namespace)
+            async with self._lock(("image", need.path)):  # made once, for all containers
+                return await open_image(need.image, self._namespace)
+        opened = partial(
+            mounts.open_source, need.path, writable=not need.read_only, namespace=self._namespace
+        )
         try:
-            return mounts.open_source(need.path, writable=not need.read_only, namespace=self._namespace)
+            return await aside(opened, unwanted=os.close)
         except OSError as err:
             raise InvalidRequest(
                 f"{need.path} cannot be a disk of the guest: {err.strerror}; correct its path, or mount it read-only "
                 "if nobody may write to it"
             ) from err
 
-    async def _plug_served(self, need: Need, user: str) -> DiskAddress:
+    async def _plug_served(self, need: Need, user: str) -> tuple[str, DiskAddress]:
         """A disk that another program serves, which a container has to itself."""
         key = ("socket", need.path)
         async with self._lock(key):
@@ -157,7 +190,7 @@ class Disks:
                 log.info("disk_plugged", source=need.path, disk=disk.id, address=address.address)
                 entry = self._attached[key] = _Attached(disk.id, need.read_only, address, set())
             entry.users.add(user)
-            return entry.address
+            return entry.id, entry.address
 
     async def _whole(self, plugging: Coroutine[None, None, DiskAddress], disk_id: str) -> DiskAddress:
         """Plug in to the end, in several steps of QEMU's: who gives up in between leaves it to be undone."""
@@ -199,6 +232,7 @@ class Disks:
             else:
                 log.info("disk_unplugged", disk=entry.id)
                 del self._attached[key]
+                self._volumes = {path: one for path, one in self._volumes.items() if one.disk != entry.id}
 
     def _add_storage(
         self, need: Need, address: DiskAddress, message: agent_pb2.CreateContainerRequest
@@ -206,13 +240,15 @@ class Disks:
         """Returns where it will be mounted."""
         # By its name there, as Kata has it: containers that use the same disk use the same mount.
         name = urlsafe_b64encode(address.address.encode()).decode()
-        place = need.mount_point or f"{_STORAGE_DIR}/{name}"
+        place = need.place = need.mount_point or f"{_STORAGE_DIR}/{name}"
         storage = message.storages.add(
             driver=address.driver,
             source=address.address,
             fstype=need.fstype,
             options=need.options,
             mount_point=place,
+            driver_options=need.driver_options,
+            shared=need.whole_life,
         )
         if need.fs_group is not None:
             storage.fs_group.CopyFrom(need.fs_group)

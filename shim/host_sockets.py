@@ -14,18 +14,20 @@ import os
 import socket
 import stat
 import struct
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
 from agent_proto.gen.kata_py_agent_pb2 import AcceptConnectionRequest, CloseSocketRequest, ListenSocketRequest
 from agent_proto.relay import SOCKETS_PORT, TOKEN_BYTES, relay
+from shim.aside import aside
 from shim.errors import NotSupported
 from shim.share import GUEST_PASSTHROUGH
 from ttrpc import Code, ConnectionClosed, RpcError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from contextlib import ExitStack
     from pathlib import Path
 
@@ -81,6 +83,21 @@ def find(path: Path) -> Iterator[Found]:
                 )
     finally:
         os.close(top)
+
+
+def _find_all(path: Path) -> list[Found]:
+    found: list[Found] = []
+    try:
+        found.extend(find(path))
+    except BaseException:
+        _close_all(found)
+        raise
+    return found
+
+
+def _close_all(found: Iterable[Found]) -> None:
+    for _, fd in found:
+        os.close(fd)
 
 
 class _Search:
@@ -153,13 +170,18 @@ class HostSockets:
             spec.Mounts.append(mount)
             if not mount.source.startswith(f"{GUEST_PASSTHROUGH}/"):
                 continue
-            for place, fd in find(share.on_host(mount.source)):
-                path = f"{mount.destination.rstrip('/')}/{place}".rstrip("/")
-                source = await self.offer(fd, f"{path} of the container", undo)
-                if place:
-                    spec.Mounts.add(destination=path, type="bind", source=source, options=["bind"])
-                else:
-                    spec.Mounts[-1].source = source
+            found = await aside(partial(_find_all, share.on_host(mount.source)), unwanted=_close_all)
+            try:
+                while found:
+                    place, fd = found.pop(0)
+                    path = f"{mount.destination.rstrip('/')}/{place}".rstrip("/")
+                    source = await self.offer(fd, f"{path} of the container", undo)
+                    if place:
+                        spec.Mounts.add(destination=path, type="bind", source=source, options=["bind"])
+                    else:
+                        spec.Mounts[-1].source = source
+            finally:
+                _close_all(found)
 
     async def offer(self, fd: int, source: str, undo: ExitStack) -> str:
         """The guest's path of a socket that stands for the one behind `fd`, which belongs to this from now on. `source`

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
 
 from agent_proto.client import AgentGone
 from agent_proto.gen.kata_py_agent_pb2 import RemoveMirrorRequest, UpdateMirrorRequest
+from shim.aside import aside
 from shim.directory_watch import DirectoryWatch
 from shim.kubelet_files import NotMirrored, Unsteady, pieces
 from ttrpc import Code, ConnectionClosed, RpcError
@@ -199,7 +201,8 @@ async def _follow(guest: Guest, mirror: _Mirror, root: int) -> None:
 async def _send(guest: Guest, mirror: _Mirror, root: int) -> None:
     """Send the directory as it is now. Raises NotMirrored, Unsteady, OSError, RpcError."""
     request: UpdateMirrorRequest | None = None
-    for piece in pieces(root):
+    left = pieces(root)
+    while (piece := await aside(partial(next, left, None))) is not None:
         if request is not None:
             await guest.agent.update_mirror(request)
         request = UpdateMirrorRequest(name=mirror.name, first=request is None, entries=piece)

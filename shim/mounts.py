@@ -352,7 +352,8 @@ def _mount_long_overlay(source: str, target: str, flags: int, options: list[str]
     _, _, data = parse_options([*rest, f"lowerdir={relative}"])
     if len(data) > _DATA_LIMIT:
         raise OSError(7, f"the image's {len(layers)} layers do not fit into one mount call", target)
-    # The whole process changes its directory, but only for the time of one system call on its only thread.
+    # Threads share their working directory unless they leave the others; then it is this one's, for one system call.
+    _check(_libc.unshare(_CLONE_FS), "cannot leave the other threads' working directory", target)
     before = os.open(".", os.O_PATH | os.O_DIRECTORY)
     try:
         os.chdir(parent)

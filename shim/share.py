@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from shim.api.gen.types_pb2 import Mount as ProtoMount
+    from shim.layers import Layers
 
 TAG = "kataShared"
 GUEST_ROOT = "/run/kata-containers/shared/containers"
@@ -110,6 +111,16 @@ class SharedDir:
                 )
             undo.callback(mounts.detach, str(target))
             mounts.bind(str(directory), str(target), recursive=True, namespace=self.host_mounts)
+        return guest_rootfs(container_id)
+
+    def add_layers(self, container_id: str, layers: Layers, undo: ExitStack) -> str:
+        """Mount a root file system of layers where the guest finds it; returns the guest's path of it. Raises
+        NotSupported, OSError."""
+        from shim.layers import mount_on_host
+
+        target = self._make_root(container_id, undo)
+        folder = self._base / "layers" / container_id
+        mount_on_host(layers, folder, str(target), self.host_mounts, undo)
         return guest_rootfs(container_id)
 
     def add_guests_rootfs(self, container_id: str, undo: ExitStack) -> str:

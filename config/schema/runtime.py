@@ -121,9 +121,9 @@ class Runtime(Section, frozen=True):
         key(
             "now",
             "Where `emptyDir` volumes of the default medium live: in directories of the host (`shared-fs`), or on "
-            "disks of the guest, whose images are in these directories (`block-plain`); see docs/disks.md. Guests of "
-            "this version encrypt none: with `block-encrypted` containers that have such a volume are refused. "
-            "Volumes in memory are no concern of it.",
+            "disks of the guest, whose images are in these directories, as they are (`block-plain`) or encrypted with "
+            "a key that only the guest has (`block-encrypted`); see docs/disks.md. Volumes in memory are no concern "
+            "of it.",
         ),
     ] = "shared-fs"
     experimental: Annotated[

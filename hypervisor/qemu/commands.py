@@ -233,6 +233,16 @@ async def blockdev_del(monitor: Monitor, node_name: str) -> None:
     await monitor.execute("blockdev-del", {"node-name": node_name})
 
 
+async def block_bytes(monitor: Monitor, node_name: str) -> int | None:
+    """How large what is behind a node is for the guest; None when there is no such node."""
+    nodes: Any = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return next((node["image"]["virtual-size"] for node in nodes if node.get("node-name") == node_name), None)
+
+
+async def block_resize(monitor: Monitor, node_name: str, size_bytes: int) -> None:
+    await monitor.execute("block_resize", {"node-name": node_name, "size": size_bytes})
+
+
 async def netdev_add_tap(
     monitor: Monitor, netdev_id: str, fdnames: Sequence[str], vhost_fdnames: Sequence[str] = ()
 ) -> None:

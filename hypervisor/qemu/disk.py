@@ -151,6 +151,24 @@ class Disks:
         self._plugged.pop(disk_id, None)
         plugged.taken.discard(plugged.number)
 
+    async def resize(self, monitor: Monitor, disk_id: str, size_bytes: int) -> None:
+        """Let the guest see another size: a file becomes as large as that, a block device has to be it already.
+
+        Raises HotplugRefused, QmpError.
+        """
+        before = await commands.block_bytes(monitor, disk_id)
+        if before is not None and size_bytes < before:
+            # QEMU would cut off the end of a file, with what is there.
+            raise HotplugRefused(
+                f"cannot make disk {disk_id} {size_bytes} bytes large: it has {before}, and only grows"
+            )
+        try:
+            await commands.block_resize(monitor, disk_id, size_bytes)
+        except QmpRefused as err:
+            raise HotplugRefused(
+                f"cannot make disk {disk_id} {size_bytes} bytes large: {err}; make what is on it so large first"
+            ) from err
+
     def _free_place(self, disk: VhostUserDisk) -> int:
         for number in range(len(self._places)):
             if number not in self._taken_places:

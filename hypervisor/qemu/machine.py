@@ -186,6 +186,10 @@ class Machine:
         """Take a disk away; one that is not there is fine. Raises HotplugRefused, QmpError."""
         await self._hot_disks.unplug(self.monitor, disk_id)
 
+    async def resize_disk(self, disk_id: str, size_bytes: int) -> None:
+        """Let the guest see another size of a disk. Raises HotplugRefused, QmpError."""
+        await self._hot_disks.resize(self.monitor, disk_id, size_bytes)
+
     @property
     def _hot_disks(self) -> Disks:
         if self._disks is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.containerd import IMAGE_ARCHIVE, make_ext4, wait_for_end
+from tests.integration.containerd import IMAGE_ARCHIVE, SHIM, make_ext4, wait_for_end
 from tests.support.host import is_running
 
 if TYPE_CHECKING:
@@ -131,6 +131,71 @@ def test_what_a_running_container_has_written_is_on_the_disk_of_a_stopped_sandbo
     assert not is_running(daemon)
     containerd.remove(container)
     assert content(image, "new") == "written\n"
+
+
+def kata_py(*words: str) -> subprocess.CompletedProcess[str]:
+    argv = [str(SHIM.with_name("kata-py")), *words]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+
+
+def volume_of(source: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return kata_py("direct-volume", words[0], "--volume-path", str(source), *words[1:])
+
+
+@pytest.mark.one_version
+@pytest.mark.usefixtures("restored_configuration")
+@pytest.mark.parametrize(("fstype", "driver"), [("ext4", "virtio-blk-pci"), ("xfs", "virtio-scsi")])
+def test_a_direct_volume_grows_while_it_is_used(
+    containerd: Containerd, images: Path, fstype: str, driver: str
+) -> None:
+    """As a storage driver does it: the device first, then the file system."""
+    text = containerd.config.read_text()
+    containerd.config.write_text(
+        text.replace("[hypervisor.qemu]", f'[hypervisor.qemu]\nblock_device_driver = "{driver}"')
+    )
+    image, source = images / f"grows-{fstype}.img", images / f"grows-{fstype}"
+    source.mkdir(exist_ok=True)
+    image.write_bytes(b"")
+    os.truncate(image, 320 * MIB)
+    subprocess.run([f"/usr/sbin/mkfs.{fstype}", "-q", image], check=True, timeout=60, capture_output=True)
+    with (
+        loop(image) as device,
+        direct_volume(source, **{"volume-type": "block", "device": device, "fstype": fstype}),
+    ):
+        assert volume_of(source, "stats").stderr == (
+            f"kata-py: no container that runs here has the direct volume {source}\n"
+        )
+        container = containerd.start("sleep", "1000", options=mount("bind", source, "/data", "rbind:rw"))
+        done = containerd.exec(
+            container, "sh", "-c", "head -c 20m /dev/urandom > /data/file; sync; md5sum /data/file"
+        )
+        assert done.returncode == 0, done
+        before = json.loads(volume_of(source, "stats").stdout)["usage"]
+        assert [one["unit"] for one in before] == [1, 2]
+        assert 200 * MIB < before[0]["total"] < 320 * MIB
+        assert before[0]["used"] >= 20 * MIB
+        # Neither without the device, nor smaller.
+        refused = volume_of(source, "resize", "--size", str(640 * MIB))
+        assert refused.returncode == 1
+        assert len(refused.stderr.splitlines()) == 1, refused.stderr
+        os.truncate(image, 640 * MIB)
+        subprocess.run(["/usr/sbin/losetup", "-c", device], check=True, timeout=60)
+        grown = volume_of(source, "resize", "--size", str(640 * MIB))
+        assert (grown.returncode, grown.stderr) == (0, ""), grown
+        after = json.loads(volume_of(source, "stats").stdout)["usage"]
+        assert after[0]["total"] > 500 * MIB
+        shown = containerd.exec(container, "sh", "-c", "md5sum /data/file; df -m /data | tail -n 1")
+        assert shown.stdout.splitlines()[0] == done.stdout.strip()
+        assert int(shown.stdout.splitlines()[1].split()[1]) > 500
+        refused = volume_of(source, "resize", "--size", str(64 * MIB))
+        assert refused.returncode == 1
+        assert len(refused.stderr.splitlines()) == 1, refused.stderr
+        containerd.remove(container)
+    for words, problem in (
+        (("--size", "1G"), "--size '1G' is not a number of bytes"),
+        (("--size", "-1"), "--size '-1' is not a number of bytes"),
+    ):
+        assert volume_of(source, "resize", *words).stderr == f"kata-py: {problem}\n"
 
 
 @pytest.mark.one_version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -23,11 +24,18 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 
 
+def with_mode(text: str, mode: str) -> str:
+    """A configuration in which `emptyDir` volumes are such disks."""
+    return (
+        re.sub(r"\n\[runtime\]\nemptydir_mode = .*\n", "", text) + f'\n[runtime]\nemptydir_mode = "{mode}"\n'
+    )
+
+
 @pytest.fixture(scope="module")
 def machine(kubelet: Kubelet, containerd: Containerd) -> Iterator[Pod]:
     """One virtual machine for all tests here."""
     text = containerd.config.read_text()
-    containerd.config.write_text(f'{text}\n[runtime]\nemptydir_mode = "block-plain"\n')
+    containerd.config.write_text(with_mode(text, "block-plain"))
     try:
         with kubelet.pod("disks") as pod:
             yield pod
@@ -83,6 +91,68 @@ def test_an_empty_dir_on_a_disk(pod: Pod, empty_dir: Path) -> None:
     three = pod.run("three", mounts=mounts)
     assert pod.exec(three, "cat", "/cache/file") == "from one\n"
     assert os.listdir(empty_dir) == ["kata-disk.img"]
+
+
+def in_file(path: Path, text: bytes) -> bool:
+    """Whether it is in there, which is looked for a piece at a time: most of the file are holes."""
+    kept = b""
+    with path.open("rb", buffering=0) as file:
+        while True:
+            try:
+                file.seek(os.lseek(file.fileno(), file.tell(), os.SEEK_DATA))
+            except OSError:
+                return False  # the rest is a hole
+            piece = file.read(MIB)
+            if text in kept + piece:
+                return True
+            kept = piece[-len(text) :]
+
+
+def test_an_encrypted_empty_dir(kubelet: Kubelet, containerd: Containerd, empty_dir: Path) -> None:
+    """What is written is not on the host in any form that it could read, and stays for the pod's next containers."""
+    text = containerd.config.read_text()
+    containerd.config.write_text(with_mode(text, "block-encrypted"))
+    image = empty_dir / "kata-disk.img"
+    mounts = [pb.Mount(host_path=str(empty_dir), container_path="/cache")]
+    # Made while it runs: what is told to the container would be in files of the host.
+    mark = "a-mark-that-nobody-else-writes-"
+    write = f"for i in $(seq 20000); do echo {mark}; done > /cache/file; sync"
+    script = f"{write}; md5sum < /cache/file; stat -c '%a %g' /cache"
+    try:
+        with kubelet.pod("encrypted") as pod:
+            one = pod.run("one", mounts=mounts)
+            assert pod.exec(one, "ls", "-A", "/cache") == ""
+            written = pod.exec(one, "sh", "-c", script)
+            assert written.splitlines()[1] == "2777 3000"
+            line = next(
+                line for line in pod.exec(one, "cat", "/proc/mounts").splitlines() if " /cache " in line
+            )
+            assert line.startswith("/dev/dm-0 /cache ext4 ")
+            assert os.listdir(empty_dir) == [image.name]
+            before = used_bytes(empty_dir)
+            assert MIB // 2 < before < 48 * MIB
+            assert not in_file(image, mark.encode())
+            # Neither ext4's mark is where it would be.
+            with image.open("rb") as file:
+                assert file.read(2048)[1080:1082] != b"\x53\xef"
+            pod.exec(one, "sh", "-c", f"head -c {64 * MIB} /dev/urandom > /cache/data; sync")
+            assert used_bytes(empty_dir) >= before + 64 * MIB
+            pod.exec(one, "sh", "-c", "rm /cache/data; sync")
+            eventually(
+                lambda: used_bytes(empty_dir) < before + 16 * MIB, "the host has got back what was deleted"
+            )
+            pod.cri.stop(one)
+            pod.cri.remove(one)
+            two = pod.run("two", mounts=mounts)
+            assert pod.exec(two, "md5sum", "/cache/file").split()[0] == written.split()[0]
+            three = pod.run("three", mounts=mounts)
+            assert pod.exec(three, "sh", "-c", "wc -l < /cache/file") == "20000\n"
+        # Another machine has another key, and starts anew.
+        with kubelet.pod("encrypted-again") as pod:
+            again = pod.run("again", mounts=mounts)
+            assert pod.exec(again, "ls", "-A", "/cache") == ""
+    finally:
+        containerd.config.write_text(text)
 
 
 def test_a_part_of_such_a_volume_is_refused(pod: Pod, empty_dir: Path) -> None:

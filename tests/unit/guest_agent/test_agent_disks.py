@@ -207,7 +207,7 @@ async def test_work_aside_ends_with_its_error(reaper: Reaper, tmp_path: Path) ->
         await aside(reaper, lambda: flush(str(tmp_path / "none")))
 
 
-def test_only_disks_of_the_user_alone_are_written_out(
+async def test_only_disks_of_the_user_alone_are_written_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calls: list[str] = []
@@ -225,8 +225,8 @@ def test_only_disks_of_the_user_alone_are_written_out(
         for name in ("one", "both")
     )
     local = pb.Storage(driver="local", mount_point=str(tmp_path / "local"))
-    storages.add([one, both, local], "c1")
-    storages.add([both], "c2")
+    await storages.add([one, both, local], "c1")
+    await storages.add([both], "c2")
     assert storages.disks_of("c1") == [str(tmp_path / "one")]
     storages.release("c1")
     assert storages.disks_of("c2") == [str(tmp_path / "both")]

@@ -65,16 +65,16 @@ def storages() -> Storages:
     return Storages(modules)
 
 
-def test_every_user_brings_pages_and_takes_them_along(
+async def test_every_user_brings_pages_and_takes_them_along(
     tmp_path: Path, pages: Path, mounted: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "_apply_fsgid", lambda storage: None)
     ours = storages()
-    ours.add([volume(tmp_path, 3 * PAGE)], "a")
+    await ours.add([volume(tmp_path, 3 * PAGE)], "a")
     assert mounted == [("hugetlbfs", [f"pagesize={PAGE}", "mode=2775"])]
     assert pages.read_text() == "4"
-    ours.add([volume(tmp_path, PAGE + 1)], "b")
-    ours.add([volume(tmp_path, PAGE + 1)], "b")
+    await ours.add([volume(tmp_path, PAGE + 1)], "b")
+    await ours.add([volume(tmp_path, PAGE + 1)], "b")
     assert (len(mounted), pages.read_text()) == (1, "6")
     ours.release("a")
     ours.release("a")
@@ -83,23 +83,25 @@ def test_every_user_brings_pages_and_takes_them_along(
     assert pages.read_text() == "1"
 
 
-def test_a_guest_with_too_little_memory(tmp_path: Path, pages: Path, mounted: list[object]) -> None:
+async def test_a_guest_with_too_little_memory(tmp_path: Path, pages: Path, mounted: list[object]) -> None:
     with pytest.raises(
         StateConflict, match=r"memory for 9 of 12 huge pages of 2048 KiB; it needs more memory"
     ):
-        storages().add([volume(tmp_path, 12 * PAGE)], "a")
+        await storages().add([volume(tmp_path, 12 * PAGE)], "a")
     assert (pages.read_text(), mounted) == ("1", [])
 
 
-def test_a_mount_that_fails_gives_the_pages_back(tmp_path: Path, pages: Path, mounted: list[object]) -> None:
+async def test_a_mount_that_fails_gives_the_pages_back(
+    tmp_path: Path, pages: Path, mounted: list[object]
+) -> None:
     with pytest.raises(OSError, match="Input/output error"):
-        storages().add([volume(tmp_path, PAGE, source="broken")], "a")
+        await storages().add([volume(tmp_path, PAGE, source="broken")], "a")
     assert pages.read_text() == "1"
 
 
-def test_pages_of_a_size_that_the_guest_does_not_have(tmp_path: Path, pages: Path) -> None:
+async def test_pages_of_a_size_that_the_guest_does_not_have(tmp_path: Path, pages: Path) -> None:
     with pytest.raises(NotSupported, match=r"^huge pages of 1048576 KiB: "):
-        storages().add([volume(tmp_path, 1 << 30, page=1 << 30)], "a")
+        await storages().add([volume(tmp_path, 1 << 30, page=1 << 30)], "a")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from agent_proto.gen import agent_pb2 as pb
-from guest_agent import mount, storage, syscalls
+from guest_agent import encryption, mount, storage, syscalls
 from guest_agent.errors import InvalidRequest, NotSupported
 from guest_agent.storage import SANDBOX_USER, Storages, set_group
 
@@ -139,7 +141,7 @@ def ephemeral(path: Path, *options: str, source: str = "tmpfs") -> pb.Storage:
     ("driver", "fstype", "loaded"),
     [("virtio-fs", "virtiofs", ["virtiofs"]), ("9p", "9p", ["9pnet_virtio", "9p"])],
 )
-def test_shared_file_systems_load_their_modules(
+async def test_shared_file_systems_load_their_modules(
     mounts: Mounts, tmp_path: Path, driver: str, fstype: str, loaded: list[str]
 ) -> None:
     modules = FakeModules()
@@ -150,16 +152,18 @@ def test_shared_file_systems_load_their_modules(
         mount_point=f"{tmp_path}/s/",
         options=["nodev"],
     )
-    Storages(modules).add([shared], "sb")  # type: ignore[arg-type]
+    await Storages(modules).add([shared], "sb")  # type: ignore[arg-type]
     assert modules.loaded == loaded
     assert mounts.seen == [("kataShared", f"{tmp_path}/s/", fstype, ["nodev"])]
 
 
-def test_a_storage_stays_while_anybody_uses_it(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
+async def test_a_storage_stays_while_anybody_uses_it(
+    mounts: Mounts, storages: Storages, tmp_path: Path
+) -> None:
     one = ephemeral(tmp_path / "one")
-    storages.add([one, ephemeral(tmp_path / "two")], "a")
-    storages.add([one], "b")
-    storages.add([one], "b")
+    await storages.add([one, ephemeral(tmp_path / "two")], "a")
+    await storages.add([one], "b")
+    await storages.add([one], "b")
     assert len(mounts.seen) == 2
     storages.release("a")
     assert mounts.now == [f"{tmp_path}/one"]
@@ -168,49 +172,126 @@ def test_a_storage_stays_while_anybody_uses_it(mounts: Mounts, storages: Storage
     assert mounts.now == []
 
 
-def test_all_or_nothing(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
-    storages.add([ephemeral(tmp_path / "kept")], "other")
+async def test_a_slow_disk_holds_up_only_those_who_want_it(
+    mounts: Mounts, storages: Storages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted = threading.Event()
+
+    def mount(source: str, target: str, fstype: str, options: Iterable[str] = ()) -> None:
+        if fstype == "xfs":
+            mounted.wait()
+        mounts.mount(source, target, fstype, options)
+
+    monkeypatch.setattr(storage, "mount", mount)
+    monkeypatch.setattr("stat.S_ISBLK", lambda mode: True)
+    slow = pb.Storage(driver="blk", source="/dev/null", fstype="xfs", mount_point=f"{tmp_path}/slow")
+    one = asyncio.create_task(storages.add([slow], "one"))
+    two = asyncio.create_task(storages.add([slow], "two"))
+    await storages.add([ephemeral(tmp_path / "quick")], "three")
+    storages.release("three")
+    assert not one.done()
+    mounted.set()
+    await asyncio.gather(one, two)
+    assert [target for _, target, _, _ in mounts.seen] == [f"{tmp_path}/quick", f"{tmp_path}/slow"]
+    storages.release("one")
+    assert mounts.now == [f"{tmp_path}/slow"]
+    storages.release("two")
+    assert mounts.now == []
+
+
+@pytest.mark.parametrize("fails", ["", "mount", "owner"])
+async def test_an_encrypted_disk(
+    mounts: Mounts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """What is mounted is not the disk; when that fails, the key is forgotten."""
+    closed: list[str] = []
+
+    async def prepare(*_: object) -> str:
+        return "broken" if fails == "mount" else "/dev/dm-0"
+
+    def set_owner(_: object) -> None:
+        if fails == "owner":
+            raise OSError(30, "Read-only file system")
+
+    for name, value in (("prepare", prepare), ("set_owner", set_owner), ("close", closed.append)):
+        monkeypatch.setattr(encryption, name, value)
+    monkeypatch.setattr(storage.Storages, "_mount_device", storage.Storages._mount_as_is)
+    storages = Storages(FakeModules(), object())  # type: ignore[arg-type]
+    wanted = pb.Storage(
+        driver="blk", source="/dev/vdb", fstype="ext4", mount_point=f"{tmp_path}/e", shared=True,
+        driver_options=["encryption_key=ephemeral", "create_filesystem"],
+    )  # fmt: skip
+    if fails:
+        with pytest.raises(OSError, match=r"Input/output|Read-only"):
+            await storages.add([wanted], "c")
+        assert (mounts.now, closed) == ([], ["kata-py-vdb"])
+        return
+    await storages.add([wanted], "c")
+    assert [source for source, _, _, _ in mounts.seen] == ["/dev/dm-0"]
+    storages.release("c")
+    assert (mounts.now, closed) == ([f"{tmp_path}/e"], [])
+
+
+async def test_many_layers_are_named_as_seen_from_where_they_are(
+    mounts: Mounts, storages: Storages, tmp_path: Path
+) -> None:
+    here = os.getcwd()
+    parent = tmp_path / ("x" * 60)
+    parent.mkdir()
+    overlay = pb.Storage(driver="overlayfs", source="overlay", fstype="overlay", mount_point=f"{tmp_path}/o")
+    overlay.options[:] = ["lowerdir=" + ":".join(f"{parent}/{number:060}" for number in range(100))]
+    with pytest.raises(InvalidRequest, match="100 layers do not fit into one mount"):
+        await storages.add([overlay], "a")
+    overlay.options[:] = ["lowerdir=" + ":".join(f"{parent}/{number}" for number in range(100))]
+    await storages.add([overlay], "a")
+    ((_, _, _, options),) = mounts.seen
+    assert options == ["lowerdir=" + ":".join(str(number) for number in range(100))]
+    assert os.getcwd() == here
+
+
+async def test_all_or_nothing(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
+    await storages.add([ephemeral(tmp_path / "kept")], "other")
     wanted = [
         ephemeral(tmp_path / "kept"),
         ephemeral(tmp_path / "new"),
         ephemeral(tmp_path / "bad", source="broken"),
     ]
     with pytest.raises(OSError, match="Input/output"):
-        storages.add(wanted, "c")
+        await storages.add(wanted, "c")
     assert mounts.now == [f"{tmp_path}/kept"]
     storages.release("other")
     assert mounts.now == []
 
 
-def test_mount_points_go_as_they_came(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
+async def test_mount_points_go_as_they_came(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "file").touch()
     bind = pb.Storage(driver="bind", source=f"{tmp_path}/file", fstype="bind", mount_point=f"{tmp_path}/made")
-    storages.add([ephemeral(tmp_path / "there"), ephemeral(tmp_path / "new"), bind], "c")
+    await storages.add([ephemeral(tmp_path / "there"), ephemeral(tmp_path / "new"), bind], "c")
     storages.release("c")
     assert sorted(os.listdir(tmp_path)) == ["file", "there"]
     broken = [ephemeral(tmp_path / "new"), ephemeral(tmp_path / "bad", source="broken")]
     with pytest.raises(OSError, match="Input/output"):
-        storages.add(broken, "c")
+        await storages.add(broken, "c")
     assert sorted(os.listdir(tmp_path)) == ["file", "there"]
 
 
-def test_what_a_container_left_in_a_volume_that_is_no_mount_is_kept(
+async def test_what_a_container_left_in_a_volume_that_is_no_mount_is_kept(
     mounts: Mounts, storages: Storages, tmp_path: Path
 ) -> None:
-    storages.add([ephemeral(tmp_path / "v")], "c")
+    await storages.add([ephemeral(tmp_path / "v")], "c")
     (tmp_path / "v/precious").touch()
     storages.release("c")
     assert (tmp_path / "v/precious").exists()
 
 
-def test_a_shared_storage_is_the_sandboxs(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
-    storages.add([ephemeral(tmp_path / "v")], "c1")
+async def test_a_shared_storage_is_the_sandboxs(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
+    await storages.add([ephemeral(tmp_path / "v")], "c1")
     shared = ephemeral(tmp_path / "s")
     shared.shared = True
-    storages.add([shared], "c1")
+    await storages.add([shared], "c1")
     storages.release("c1")
-    storages.add([shared], "c2")
+    await storages.add([shared], "c2")
     assert mounts.now == [f"{tmp_path}/s"]
     storages.release("c2")
     storages.release(SANDBOX_USER)
@@ -232,38 +313,38 @@ def test_a_bind_that_cannot_be_restricted_is_undone(monkeypatch: pytest.MonkeyPa
     assert now == []
 
 
-def test_ephemeral_options_are_applied(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
-    storages.add([ephemeral(tmp_path / "e", "size=64k", f"fsgid={os.getgid()}")], "a")
+async def test_ephemeral_options_are_applied(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
+    await storages.add([ephemeral(tmp_path / "e", "size=64k", f"fsgid={os.getgid()}")], "a")
     assert mounts.seen[0][3] == ["size=64k"]
     assert (tmp_path / "e").stat().st_mode & 0o7777 == 0o2775
     storages.remount(ephemeral(tmp_path / "e", "size=128k", "fsgid=5"))
     assert mounts.seen[1][3] == ["remount", "size=128k"]
 
 
-def test_a_storage_whose_group_cannot_be_set_is_not_left_mounted(
+async def test_a_storage_whose_group_cannot_be_set_is_not_left_mounted(
     mounts: Mounts, storages: Storages, tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidRequest, match="'users' is not a number"):
-        storages.add([ephemeral(tmp_path / "e", "fsgid=users")], "a")
+        await storages.add([ephemeral(tmp_path / "e", "fsgid=users")], "a")
     assert mounts.now == []
     assert not (tmp_path / "e").exists()
 
 
-def test_local_directories(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
+async def test_local_directories(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
     local = pb.Storage(driver="local", source="local", mount_point=f"{tmp_path}/l", options=["mode=0777"])
-    storages.add([local], "a")
+    await storages.add([local], "a")
     assert (tmp_path / "l").stat().st_mode & 0o7777 == 0o777
     assert mounts.seen == []
     local.options[0] = "mode=rwx"
     local.mount_point = f"{tmp_path}/m"
     with pytest.raises(InvalidRequest, match="'rwx' is not a number"):
-        storages.add([local], "a")
+        await storages.add([local], "a")
 
 
-def test_binds_of_files_and_directories(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
+async def test_binds_of_files_and_directories(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name, source in (("f/target", "file"), ("d/target", "")):
-        storages.add(
+        await storages.add(
             [
                 pb.Storage(
                     driver="bind",
@@ -279,12 +360,12 @@ def test_binds_of_files_and_directories(mounts: Mounts, storages: Storages, tmp_
     assert [seen[2] for seen in mounts.seen] == ["bind", "bind"]
 
 
-def test_overlay_directories_are_made(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
+async def test_overlay_directories_are_made(mounts: Mounts, storages: Storages, tmp_path: Path) -> None:
     options = [f"lowerdir={tmp_path}", f"upperdir={tmp_path}/u", f"workdir={tmp_path}/w"]
     overlay = pb.Storage(
         driver="overlayfs", source="overlay", fstype="overlay", mount_point=f"{tmp_path}/o", options=options
     )
-    storages.add([overlay], "a")
+    await storages.add([overlay], "a")
     assert (tmp_path / "u").is_dir()
     assert (tmp_path / "w").is_dir()
 
@@ -302,11 +383,11 @@ def test_overlay_directories_are_made(mounts: Mounts, storages: Storages, tmp_pa
         ),
     ],
 )
-def test_refused_storages(
+async def test_refused_storages(
     mounts: Mounts, storages: Storages, wrong: pb.Storage, kind: type[Exception], text: str
 ) -> None:
     with pytest.raises(kind, match=text):
-        storages.add([wrong], "a")
+        await storages.add([wrong], "a")
     assert mounts.seen == []
 
 

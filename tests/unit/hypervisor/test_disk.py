@@ -48,6 +48,8 @@ class Qemu:
         if command == "device_del":
             for listener in self._listeners:
                 listener(DeviceDeleted(path="/x", device=arguments["id"]))
+        if command == "query-named-block-nodes":
+            return [{"node-name": "other"}, {"node-name": "d1", "image": {"virtual-size": 1 << 20}}]
         if command == "query-pci":
             behind = [
                 {"slot": int(device["addr"], 16), "function": 0, "qdev_id": name}
@@ -247,6 +249,22 @@ async def test_qemu_that_does_not_let_go_is_told(image: int, monkeypatch: pytest
     with pytest.raises(HotplugRefused, match="disk d1 is unplugged, and QEMU keeps it open"):
         await disks.unplug(monitor(qemu), "d1")
     assert qemu.commands.count("blockdev-del") == 3
+
+
+async def test_another_size(image: int) -> None:
+    qemu = Qemu()
+    disks = Disks(spec(disk_places=True))
+    await disks.plug(monitor(qemu), Disk(id="d1"), image)
+    await disks.resize(monitor(qemu), "d1", 1 << 21)
+    assert qemu.said[-1] == ("block_resize", {"node-name": "d1", "size": 1 << 21})
+    with pytest.raises(
+        HotplugRefused, match=f"disk d1 {1 << 19} bytes large: it has {1 << 20}, and only grows"
+    ):
+        await disks.resize(monitor(qemu), "d1", 1 << 19)
+    assert qemu.commands[-1] == "query-named-block-nodes"
+    qemu.refused["block-resize"] = 1
+    with pytest.raises(HotplugRefused, match=r"bytes large: .*; make what is on it so large first"):
+        await disks.resize(monitor(qemu), "d1", 1 << 22)
 
 
 async def test_a_monitor_that_is_gone(image: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 from agent_proto.gen import oci_pb2
 from config.schema import Qemu
 from hypervisor.errors import HostUnsupported
-from shim import empty_dirs, mounts
+from shim import ext4_images, mounts
 from shim.disk_needs import Need, volume_on_disk
 from shim.errors import InvalidRequest, NotSupported
 
@@ -64,10 +64,6 @@ def test_which_are_on_disks(volume: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_cannot_be_had_is_refused(volume: Path) -> None:
     with pytest.raises(
-        InvalidRequest, match=r"^emptyDir cache: emptydir_mode asks for an encrypted disk .* to shared-fs"
-    ):
-        needed(volume, ENCRYPTED)
-    with pytest.raises(
         InvalidRequest, match=r"^emptyDir cache: .* and disable_block_device_use is set; remove that"
     ):
         needed(volume, qemu=Qemu(disable_block_device_use=True))
@@ -80,8 +76,32 @@ def test_what_cannot_be_had_is_refused(volume: Path) -> None:
     assert needed(parts / "other" / "web" / "0") is None
 
 
+async def test_an_encrypted_disk_is_made_by_the_guest(volume: Path) -> None:
+    need = needed(volume, ENCRYPTED)
+    assert need is not None
+    owner = volume.stat()
+    assert list(need.driver_options) == [
+        "encryption_key=ephemeral",
+        "create_filesystem",
+        f"root_owner={owner.st_uid}:{owner.st_gid}",
+        "root_mode=2770",
+    ]
+    assert need.whole_life
+    os.close(await opened(volume, ENCRYPTED))
+    image = volume / "kata-disk.img"
+    assert image.stat().st_size > 0
+    assert image.stat().st_blocks == 0
+
+
+async def opened(volume: Path, mode: str = PLAIN) -> int:
+    need = needed(volume, mode)
+    assert need is not None
+    assert need.image is not None
+    return await ext4_images.open_image(need.image, None)
+
+
 async def test_the_image(volume: Path) -> None:
-    os.close(await empty_dirs.open_image(str(volume), None))
+    os.close(await opened(volume))
     image = volume / "kata-disk.img"
     assert os.listdir(volume) == [image.name]
     assert stat.S_IMODE(image.stat().st_mode) == 0o600
@@ -107,13 +127,13 @@ async def test_the_image(volume: Path) -> None:
     assert checked.returncode == 0, checked.stdout
     # Found again, with what is in it.
     before = image.stat().st_ino
-    os.close(await empty_dirs.open_image(str(volume), None))
+    os.close(await opened(volume))
     assert image.stat().st_ino == before
 
 
 async def test_what_was_left_half_made_is_made_anew(volume: Path) -> None:
     (volume / "kata-disk.img.new").write_text("half")
-    os.close(await empty_dirs.open_image(str(volume), None))
+    os.close(await opened(volume))
     assert os.listdir(volume) == ["kata-disk.img"]
 
 
@@ -121,31 +141,31 @@ async def test_nothing_else_is_taken_for_the_image(volume: Path, tmp_path: Path)
     image = volume / "kata-disk.img"
     os.mkfifo(image)
     with pytest.raises(
-        InvalidRequest, match="is not the image that kata-py makes for an emptyDir; remove it"
+        InvalidRequest, match=r"is not the image that kata-py makes for emptyDir .*; remove it"
     ):
-        await empty_dirs.open_image(str(volume), None)
+        await opened(volume)
     image.unlink()
     (tmp_path / "other").write_text("x")
     image.symlink_to(tmp_path / "other")
     with pytest.raises(OSError, match="symbolic links"):
-        await empty_dirs.open_image(str(volume), None)
+        await opened(volume)
     image.unlink()
     os.link(tmp_path / "other", image)
     with pytest.raises(InvalidRequest, match="is not the image"):
-        await empty_dirs.open_image(str(volume), None)
+        await opened(volume)
 
 
 async def test_a_failure_leaves_nothing(
     volume: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(empty_dirs, "_PROGRAMS", str(tmp_path))
+    monkeypatch.setattr(ext4_images, "_PROGRAMS", str(tmp_path))
     with pytest.raises(
         HostUnsupported, match=r"^mkfs\.ext4 is missing, .*; install e2fsprogs, or set emptydir_mode"
     ):
-        await empty_dirs.open_image(str(volume), None)
+        await opened(volume)
     program = tmp_path / "mkfs.ext4"
     program.write_text("#!/bin/sh\necho no room; exit 1\n")
     program.chmod(0o755)
-    with pytest.raises(OSError, match=r"cannot make the disk of an emptyDir: mkfs\.ext4: .*no room"):
-        await empty_dirs.open_image(str(volume), None)
+    with pytest.raises(OSError, match=r"cannot make the disk of emptyDir .*: mkfs\.ext4: .*no room"):
+        await opened(volume)
     assert os.listdir(volume) == []
