@@ -204,6 +204,27 @@ def direct_volume_remove(path: VolumePath) -> None:
     direct_volume.remove(path)
 
 
+@volume_app.command("stats")
+def direct_volume_stats(path: VolumePath) -> None:
+    """Tell, as JSON, how much of the volume's file system is used, while a container has it."""
+    from cli import direct_volume
+
+    direct_volume.stats(path)
+
+
+@volume_app.command("resize")
+def direct_volume_resize(
+    path: VolumePath,
+    size: Annotated[
+        str, typer.Option("--size", metavar="BYTES", help="What the file system is to have, in bytes.")
+    ],
+) -> None:
+    """Let the volume's file system grow to BYTES while containers have it. Its device has to be so large already."""
+    from cli import direct_volume
+
+    direct_volume.resize(path, size)
+
+
 def main() -> None:
     """Entry point of the installed program."""
     app(prog_name="kata-py")

@@ -21,6 +21,7 @@ from shim.errors import NotSupported
 from shim.guest import Guest
 from shim.liveness import Liveness
 from shim.log import number_of
+from shim.management import Management
 from shim.names import Names
 from shim.share import GUEST_ROOT, GUEST_SHM, TAG
 from shim.sizing import Sizing
@@ -135,6 +136,7 @@ async def bring_up(
     in_background(boot.network.follow(agent, machine), "follow the network")
     in_background(oom.watch(agent, containers), "watch for OOM")
     _forward_ports(running, boot, in_background)
+    in_background(Management(agent, running.disks).serve(sandbox_id), "answer about volumes")
     if wants_agent_log(boot.config):
         level = number_of(boot.config.agent.log_level)
         in_background(agent_log.forward(machine, boot.config.agent.log_port, level), "agent's log")

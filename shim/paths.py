@@ -33,6 +33,11 @@ def run_dir(sandbox_id: str) -> str:
     return f"{RUN_ROOT}/{sandbox_id}"
 
 
+def management_socket(sandbox_id: str) -> str:
+    """Where one asks the sandbox's daemon about its volumes."""
+    return f"{run_dir(sandbox_id)}/shim-monitor.sock"
+
+
 def shared_dir(sandbox_id: str) -> str:
     """Parent of `rw` (where things are mounted) and `ro` (the view of it that the guest gets)."""
     return f"{SHARED_ROOT}/{sandbox_id}"
