@@ -18,6 +18,7 @@ from hypervisor.arch import MACHINES
 from hypervisor.errors import HostUnsupported
 from hypervisor.host import Host
 from hypervisor.qemu.capabilities import Capabilities
+from shim import steering
 from tests.support.fake_sysfs import FakeSysfs
 from tests.unit.hypervisor.test_confidential import TDX
 from tests.unit.hypervisor.test_confidential import host as host_with
@@ -206,6 +207,19 @@ def test_network(
     (finding,) = host_check.network(runtime, Qemu(), Host(root=tmp_path))
     assert (finding.level, finding.detail) == (level, detail)
     assert bool(finding.remedy) == (level is Level.MISSING)
+
+
+def test_a_kernel_that_leads_no_ports_to_guests_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steering, "why_not", lambda: "bpf: Invalid argument")
+    (finding,) = host_check.port_forward()
+    assert (finding.level, finding.detail) == (
+        Level.NOTE,
+        "kubectl port-forward reaches no guest: bpf: Invalid argument",
+    )
+    assert "CONFIG_BPF_SYSCALL" in finding.remedy
+    monkeypatch.setattr(steering, "why_not", lambda: "")
+    (finding,) = host_check.port_forward()
+    assert (finding.level, finding.remedy) == (Level.OK, "")
 
 
 def test_confidential_guests_are_told_all_that_lacks(tmp_path: Path) -> None:

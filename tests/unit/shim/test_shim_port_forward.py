@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
 import socket
 import subprocess
 from contextlib import suppress
@@ -131,6 +132,40 @@ def test_bytes_go_both_ways_and_each_ends_by_itself(host: str, server: str) -> N
         assert await answer_to(data, site, port, host) == data[::-1]
 
     serving(work, server)
+
+
+def test_many_at_once() -> None:
+    async def work(site: Site, port: int) -> None:
+        many = [os.urandom(30_000) for _ in range(40)]
+        answers = await asyncio.gather(*(answer_to(data, site, port) for data in many))
+        assert answers == [data[::-1] for data in many]
+
+    serving(work)
+
+
+def test_it_is_gone_with_a_process_that_is_killed() -> None:
+    def work() -> None:
+        netns = Path(f"/proc/self/fd/{new_netns()}")
+        with entered(netns):
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            with steering.steered(netns):
+                os.write(writer, b"!")
+                signal.pause()
+        os.close(writer)
+        try:
+            assert os.read(reader, 1) == b"!"
+            with entered(netns):
+                socket.create_connection((LOOPBACK, 1)).close()
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        with entered(netns), pytest.raises(ConnectionRefusedError):
+            socket.create_connection((LOOPBACK, 1))
+
+    in_network_namespace(work)
 
 
 def test_a_port_where_nobody_listens_is_a_reset() -> None:
