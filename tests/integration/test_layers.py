@@ -138,7 +138,6 @@ def test_layers_are_shared_and_what_is_written_stays_with_its_container(layered:
     layered.remove(one)
 
 
-@pytest.mark.one_version
 def test_without_disks_the_host_mounts(layered: Containerd) -> None:
     script = f"{LOOK}; rm /data/two; echo new > /data/new; ls /data"
     with configured(layered, "disable_block_device_use = true"), image_of(layered, LAYERS):
@@ -149,7 +148,6 @@ def test_without_disks_the_host_mounts(layered: Containerd) -> None:
     assert lines[8:] == ["new", "three"]
 
 
-@pytest.mark.one_version
 def test_more_layers_than_places(layered: Containerd) -> None:
     with image_of(layered, MANY):
         done = layered.run("true", options=["--rm", *ONE])
@@ -161,7 +159,6 @@ def test_more_layers_than_places(layered: Containerd) -> None:
         assert done.stdout.split() == ["40"], done
 
 
-@pytest.mark.one_version
 def test_containers_of_one_machine_mount_a_layer_once(layered: Containerd) -> None:
     sandbox, other = layered.new_id("s"), layered.new_id()
     with image_of(layered, LAYERS):
@@ -193,7 +190,6 @@ def merged(containerd: Containerd, folder: Path) -> tuple[str, str, list[str]]:
     return "erofs", str(image), ["ro", "loop", *(f"device={path}" for path in layers)]
 
 
-@pytest.mark.one_version
 @pytest.mark.parametrize("kind", ["layers", "layers by the host", "merged", "merged by the host"])
 def test_mounts_that_are_described(layered: Containerd, tmp_path: Path, kind: str) -> None:
     """What containerd 2.2 and later tell a runtime that carries them out itself, here by a client of containerd."""
