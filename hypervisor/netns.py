@@ -1,6 +1,7 @@
 """Network namespaces: entering one for a moment, and making one.
 
-The daemon has one thread, and nothing waits inside of `entered`, so nobody else ever runs in the wrong namespace.
+A namespace is a thread's, and nothing waits inside of `entered` or begins a thread there, so nobody else ever runs in
+the wrong one.
 """
 
 from __future__ import annotations

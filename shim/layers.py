@@ -242,11 +242,8 @@ def _described(what: str, rootfs: Sequence[ProtoMount]) -> Layers:
         raise NotSupported(f"{what} is not made of layers with erofs alone: {last.type} of {':'.join(below)}")
     upper, work = words.get("upperdir", ""), words.get("workdir", "")
     image = next((images[number] for number in _numbers(upper) if number in images), None)
-    if image is not None and (
-        _PLACE.sub("", upper) != "/upper"
-        or _PLACE.sub("", work) != "/work"
-        or _numbers(work) != _numbers(upper)
-    ):
+    known = _PLACE.sub("", upper) == "/upper" and _PLACE.sub("", work) == "/work"
+    if _numbers(upper) != _numbers(work) or (_numbers(upper) and not (image and known)):
         raise NotSupported(f"{what} is to be written to {upper}; known are /upper and /work of a file system")
     return Layers(
         what=what,
