@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from oci_engine import linux
+from oci_engine.undo import suppress
 
 #: In the order of their numbers, linux/capability.h.
 NAMES = (

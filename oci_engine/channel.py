@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import _socket
 import os
-import socket
-from contextlib import suppress
 
+from oci_engine import json_text
 from oci_engine.errors import CannotExecute, SetupFailed
+from oci_engine.undo import suppress
 
 #: A packet is never longer; texts of errors are cut to fit.
 _PACKET = 1 << 16
@@ -20,14 +20,15 @@ class Closed(Exception):
 
 def pair() -> tuple[int, int]:
     """Two ends, closed on exec."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # Of the C half, whose Python half loads what servers need.
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     return ours.detach(), theirs.detach()
 
 
 def send(fd: int, **message: object) -> None:
     """Raises Closed."""
     try:
-        os.write(fd, json.dumps(message).encode())
+        os.write(fd, json_text.dumps(message).encode())
     except (BrokenPipeError, ConnectionResetError):
         raise Closed from None
 
@@ -40,7 +41,7 @@ def receive(fd: int) -> dict[str, object]:
         packet = b""
     if not packet:
         raise Closed
-    message: dict[str, object] = json.loads(packet)
+    message: dict[str, object] = json_text.loads(packet.decode())
     if "error" in message:
         text = str(message["error"])
         if "status" in message:

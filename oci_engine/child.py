@@ -8,23 +8,24 @@ container's. None of them touches an object of the caller that could be locked, 
 
 from __future__ import annotations
 
+import _socket
 import fcntl
 import gc
 import os
-import signal
-import socket
 import struct
-from typing import TYPE_CHECKING, NoReturn
 
 from oci_engine import channel, hooks, identity, linux
+from oci_engine.c_modules import signal
 from oci_engine.console import open_terminal, show_as_console, take_terminal
 from oci_engine.errors import CannotExecute, EngineError
 from oci_engine.mounts import new_filesystem
 from oci_engine.rootfs import Rootfs, root_directory
 from oci_engine.steps import reason, step
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import NoReturn
 
     from oci_engine.plan import Plan, ProcessPlan
 
@@ -191,7 +192,7 @@ def _become_container(plan: Plan) -> NoReturn:
         hooks.run(hook, hooks.seen_from_inside(plan.hook_state, "creating"), "createContainer")
     if namespaces.hostname:
         with step("hostname"):
-            socket.sethostname(namespaces.hostname)
+            _socket.sethostname(namespaces.hostname)
     if namespaces.domainname:
         with step("domainname"):
             linux.setdomainname(namespaces.domainname)
@@ -228,10 +229,13 @@ def _own_proc() -> int:
 
 
 def _raise_loopback() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+    any_socket = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
+    try:
         request = struct.pack("16sH14x", b"lo", 0)
         flags = struct.unpack("16sH14x", fcntl.ioctl(any_socket, _SIOCGIFFLAGS, request))[1]
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", flags | _IFF_UP))
+    finally:
+        any_socket.close()
 
 
 def _execute(plan: Plan, peer: int, proc: int) -> NoReturn:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import array
+import _socket
 import fcntl
 import os
-import socket
 import stat
 import struct
-from typing import TYPE_CHECKING
 
 from oci_engine import inroot, linux
 from oci_engine.errors import SetupFailed
 from oci_engine.steps import step
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.plan import ProcessPlan
 
@@ -42,9 +41,13 @@ def open_terminal(root: int, process: ProcessPlan, console_socket: int) -> int:
 
 def _send(console_socket: int, master: int) -> None:
     """As other runtimes do: the file descriptor goes with its name."""
-    with socket.socket(fileno=os.dup(console_socket)) as connection:
-        files = array.array("i", [master])
-        connection.sendmsg([b"/dev/pts/ptmx"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+    connection = _socket.socket(fileno=os.dup(console_socket))
+    try:
+        connection.sendmsg(
+            [b"/dev/pts/ptmx"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", master))]
+        )
+    finally:
+        connection.close()
 
 
 def show_as_console(root: int, peer: int) -> None:

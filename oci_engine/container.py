@@ -5,15 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import select
-import signal
-from contextlib import suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 from oci_engine import hooks
+from oci_engine.c_modules import signal
 from oci_engine.cgroups.base import remove_cgroup, signal_each
 from oci_engine.cgroups.find import known_cgroup
 from oci_engine.errors import HookFailed, NotFound, SetupFailed, StateConflict
+from oci_engine.records import replace
 from oci_engine.state import (
     CREATED,
     CREATING,
@@ -26,9 +24,13 @@ from oci_engine.state import (
     is_alive,
     opened_process,
 )
+from oci_engine.undo import suppress
 from oci_engine.waiting import wait_for_child
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from oci_engine.making import Known
     from oci_engine.options import CreateOptions, ExecOptions
     from oci_engine.waiting import Wait
@@ -126,20 +128,20 @@ class Engine:
         fifo = self._store.fifo(status.id)
         if has_fifo(f"{fifo}.new"):
             return CREATING
-        if known_cgroup(status.cgroup_paths).is_frozen():
+        if known_cgroup(status).is_frozen():
             return PAUSED
         return CREATED if has_fifo(fifo) else RUNNING
 
     def pids(self, container_id: str) -> list[int]:
         """Of all its processes."""
-        return known_cgroup(self.load(container_id).cgroup_paths).pids()
+        return known_cgroup(self.load(container_id)).pids()
 
     def stats(self, container_id: str) -> dict[str, object]:
         """Raises StateConflict when there is nothing to measure."""
         status = self.load(container_id)
         if self.state_of(status) == STOPPED:
             raise StateConflict(f"container {container_id} is not running")
-        return known_cgroup(status.cgroup_paths).stats()
+        return known_cgroup(status).stats()
 
     # Changing
 
@@ -148,7 +150,7 @@ class Engine:
         with self._store.locked(container_id):
             status = self._store.load(container_id)
             state = self.state_of(status)
-            cgroup = known_cgroup(status.cgroup_paths)
+            cgroup = known_cgroup(status)
             if everyone:
                 if number == signal.SIGKILL:
                     cgroup.kill()
@@ -172,7 +174,7 @@ class Engine:
             state = self.state_of(status)
             if state not in (CREATED, RUNNING):
                 raise StateConflict(f"cannot pause a container in the {state} state")
-            known_cgroup(status.cgroup_paths).freeze(True)
+            known_cgroup(status).freeze(True)
 
     def resume(self, container_id: str) -> None:
         with self._store.locked(container_id):
@@ -180,7 +182,7 @@ class Engine:
             state = self.state_of(status)
             if state != PAUSED:
                 raise StateConflict(f"cannot resume a container in the {state} state")
-            known_cgroup(status.cgroup_paths).freeze(False)
+            known_cgroup(status).freeze(False)
 
     def update(self, container_id: str, resources: dict[str, object]) -> None:
         """Other limits; what is not in `resources` stays. Raises SpecError, SetupFailed, StateConflict."""
@@ -192,7 +194,7 @@ class Engine:
             from oci_engine.resources_spec import read_resources
 
             wanted = read_resources(Reader(resources, "resources"))
-            known_cgroup(status.cgroup_paths).limit(wanted, devices=bool(resources.get("devices")))
+            known_cgroup(status).limit(wanted, devices=bool(resources.get("devices")))
 
     def delete(self, container_id: str, *, force: bool = False) -> list[str]:
         """Returns what went wrong and does not matter. Raises NotFound unless by force, StateConflict."""
@@ -225,13 +227,13 @@ class Engine:
                 hooks.run(hook, hooks.state_text(replace(status, pid=0), STOPPED), "poststop", self._wait)
             except HookFailed as err:
                 complaints.append(str(err))
-        remove_cgroup(known_cgroup(status.cgroup_paths))
+        remove_cgroup(known_cgroup(status))
         self.forget(container_id)
         return complaints
 
     def _end(self, status: Status) -> None:
         """Every process, and its end. Raises SetupFailed for one that does not end."""
-        cgroup = known_cgroup(status.cgroup_paths)
+        cgroup = known_cgroup(status)
         cgroup.kill()
         with suppress(ProcessLookupError):
             pidfd = opened_process(status.pid)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import suppress
 
 from oci_engine import inroot, linux
 from oci_engine.linux_spec import Device
 from oci_engine.mounts import clone_tree
 from oci_engine.steps import step
+from oci_engine.undo import suppress
 
 #: Name, major, minor: the specification's list.
 _EVERYWHERE = (

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
-import signal
-from typing import TYPE_CHECKING
 
+from oci_engine import json_text
+from oci_engine.c_modules import signal
 from oci_engine.errors import HookFailed
 from oci_engine.waiting import wait_for_child
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.spec import Hook
     from oci_engine.state import Status
@@ -30,7 +30,7 @@ def state_text(status: Status, state: str) -> str:
     annotations = status.spec.get("annotations")
     if annotations:
         told["annotations"] = annotations
-    return json.dumps(told)
+    return json_text.dumps(told)
 
 
 def of(status: Status, kind: str) -> tuple[Hook, ...]:
@@ -44,7 +44,7 @@ def of(status: Status, kind: str) -> tuple[Hook, ...]:
 
 def seen_from_inside(state: str, status: str) -> str:
     """The state for hooks that the container's own process runs: its pid is what it is in its namespace."""
-    return json.dumps({**json.loads(state), "status": status, "pid": os.getpid()})
+    return json_text.dumps({**json_text.loads(state), "status": status, "pid": os.getpid()})
 
 
 def run(hook: Hook, state: str, kind: str, wait: Wait = wait_for_child) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from oci_engine import capabilities, inroot, linux
 from oci_engine.errors import CannotExecute, SetupFailed
 from oci_engine.steps import step
+from oci_engine.undo import suppress
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.plan import ProcessPlan
     from oci_engine.spec import Scheduler

@@ -10,9 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import suppress
 
 from oci_engine import linux
+from oci_engine.undo import suppress
 
 #: As the kernel itself, MAXSYMLINKS.
 _MAX_LINKS = 40

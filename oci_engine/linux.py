@@ -9,7 +9,11 @@ from __future__ import annotations
 import _ctypes
 import os
 import struct
-from typing import Any
+
+# Not from `typing`, whose import takes as long as the whole interpreter's start; here and everywhere in this package.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # unshare(2), setns(2), clone3(2)
 CLONE_NEWTIME = 0x00000080

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from oci_engine.errors import SpecError, Unsupported
+from oci_engine.errors import SpecError
 from oci_engine.reader import INT64_MAX, UINT32_MAX
+from oci_engine.records import Record
 from oci_engine.resources_spec import Resources, read_resources
 from oci_engine.seccomp import Seccomp, read_seccomp
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.reader import Reader
 
@@ -18,15 +17,13 @@ PROPAGATIONS = ("private", "shared", "slave", "unbindable", "rprivate", "rshared
 _PERSONALITIES = {"LINUX": 0, "LINUX32": 8}
 
 
-@dataclass(frozen=True, kw_only=True)
-class IdMapping:
+class IdMapping(Record):
     container: int
     host: int
     size: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Device:
+class Device(Record):
     """A file to make. `type` is c, b or p."""
 
     path: str
@@ -38,8 +35,7 @@ class Device:
     gid: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Linux:
+class Linux(Record):
     """`namespaces` has the path to join for each kind, empty for a new one; kinds that are not in it stay shared."""
 
     namespaces: dict[str, str]
@@ -142,8 +138,6 @@ def _read_cgroups_path(reader: Reader) -> str:
         raise SpecError(reader.at("cgroupsPath"), f"{path!r} is the group of the whole host")
     if ".." in path.split("/"):
         raise SpecError(reader.at("cgroupsPath"), f"must not lead upwards: {path!r}")
-    if path.count(":") == 2 and not path.startswith("/"):
-        raise Unsupported(reader.at("cgroupsPath"), f"{path!r} is systemd's form, which is not supported")
     return path
 
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import _socket
 import os
-import socket
 import time
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from oci_engine import hooks
+from oci_engine import hooks, json_text
 from oci_engine.cgroups.base import remove_cgroup
-from oci_engine.cgroups.find import find_cgroup, known_cgroup
+from oci_engine.cgroups.find import find_cgroup, known_cgroup, unit_name
 from oci_engine.errors import EngineError, SetupFailed, SpecError, StateConflict
 from oci_engine.mounts import clone_tree
 from oci_engine.plan import Plan
 from oci_engine.planner import CLONE_FLAGS, FILES, plan_namespaces, plan_process, plan_root
 from oci_engine.reader import Reader
+from oci_engine.records import Record, replace
 from oci_engine.seccomp import compile_filter
 from oci_engine.spawn import spawn
 from oci_engine.spec import read_process, read_spec
 from oci_engine.state import CREATING, Status, Store, is_alive, start_time
+from oci_engine.undo import Undo, suppress
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oci_engine.cgroups.base import Cgroup
+    from oci_engine.cgroups.group import Cgroup
     from oci_engine.options import CreateOptions, ExecOptions, Streams
     from oci_engine.plan import RootPlan
     from oci_engine.spawn import Spawned
@@ -32,8 +31,7 @@ if TYPE_CHECKING:
     from oci_engine.waiting import Wait
 
 
-@dataclass(frozen=True, kw_only=True)
-class Known:
+class Known(Record):
     """A container as its maker knows it. Reading its specification again for each exec would take longer than the exec.
 
     `seccomp` is the filter as a program.
@@ -64,11 +62,11 @@ def create(store: Store, container_id: str, bundle: str, options: CreateOptions,
     spec = read_spec(document)
     process = _checked_process(spec, options.streams)
     rootfs = _rootfs(spec, bundle)
-    with ExitStack() as undo:
+    with Undo() as undo:
         store.reserve(container_id)
         undo.callback(store.remove, container_id)
         with store.locked(container_id):
-            cgroup = find_cgroup(spec.linux.cgroups_path, container_id)
+            cgroup = find_cgroup(spec.linux.cgroups_path, container_id, systemd=options.systemd_cgroup)
             _make_cgroup(cgroup, spec, undo)
             status = Status(
                 oci_version=spec.version,
@@ -82,6 +80,7 @@ def create(store: Store, container_id: str, bundle: str, options: CreateOptions,
                 owner=os.geteuid(),
                 cgroup_paths=cgroup.paths,
                 cgroups_path=spec.linux.cgroups_path,
+                unit=unit_name(cgroup),
                 no_pivot=options.no_pivot,
                 no_new_keyring=options.no_new_keyring,
                 spec=document,
@@ -89,7 +88,7 @@ def create(store: Store, container_id: str, bundle: str, options: CreateOptions,
             known = Known(status=status, spec=spec, seccomp=_filter(spec))
             status = _make_process(store, known, process, cgroup, options, wait, undo)
             _write_pid_file(options.pid_file, status.pid)
-        undo.pop_all()
+        undo.keep()
     return replace(known, status=status)
 
 
@@ -100,11 +99,11 @@ def _make_process(
     cgroup: Cgroup,
     options: CreateOptions,
     wait: Wait,
-    undo: ExitStack,
+    undo: Undo,
 ) -> Status:
     status, spec = known.status, known.spec
     fifo = store.fifo(status.id)
-    with ExitStack() as files:
+    with Undo() as files:
         os.mkfifo(f"{fifo}.new", 0o600)
         undo.callback(_unlink, f"{fifo}.new")
         start_fifo = os.open(f"{fifo}.new", os.O_RDWR | os.O_CLOEXEC)
@@ -148,7 +147,7 @@ def _make_process(
             gid_mappings=spec.linux.gid_mappings,
             oom_score_adj=process.oom_score_adj,
         )
-    with ExitStack() as channel:
+    with Undo() as channel:
         channel.callback(spawned.close)
         undo.callback(spawned.kill)
         status = replace(status, pid=spawned.pid, process_start_time=start_time(spawned.pid))
@@ -178,13 +177,13 @@ def exec_process(
     Raises StateConflict, SpecError, SetupFailed, CannotExecute.
     """
     status, spec = known.status, known.spec
-    with ExitStack() as files:
+    with Undo() as files:
         process = _exec_process(document, spec, options.streams)
         joined = _open_process_namespaces(status, files)
         console = _console(options.streams, files)
         keyring = "" if status.no_new_keyring else f"_ses.{status.id}"
         process_plan = plan_process(process, spec, seccomp=known.seccomp, keyring=keyring)
-        cgroup = known_cgroup(status.cgroup_paths)
+        cgroup = known_cgroup(status)
 
         def plan(channel: int) -> Plan:
             return Plan(
@@ -215,7 +214,7 @@ def exec_process(
 def _load_json(path: str) -> dict[str, object]:
     try:
         with open(path) as file:
-            document = json.load(file)
+            document = json_text.loads(file.read())
     except FileNotFoundError:
         raise SpecError(path, "there is no such file; a bundle has its specification there") from None
     except ValueError as err:
@@ -251,7 +250,7 @@ def _rootfs(spec: Spec, bundle: str) -> str:
     return path
 
 
-def _make_cgroup(cgroup: Cgroup, spec: Spec, undo: ExitStack) -> None:
+def _make_cgroup(cgroup: Cgroup, spec: Spec, undo: Undo) -> None:
     strangers = cgroup.pids()
     if strangers:
         raise SetupFailed(
@@ -263,7 +262,7 @@ def _make_cgroup(cgroup: Cgroup, spec: Spec, undo: ExitStack) -> None:
     cgroup.limit(spec.linux.resources)
 
 
-def _open_namespaces(spec: Spec, files: ExitStack) -> tuple[tuple[int, int], ...]:
+def _open_namespaces(spec: Spec, files: Undo) -> tuple[tuple[int, int], ...]:
     joined = []
     for kind, path in spec.linux.namespaces.items():
         if path:
@@ -276,7 +275,7 @@ def _open_namespaces(spec: Spec, files: ExitStack) -> tuple[tuple[int, int], ...
     return tuple(joined)
 
 
-def _open_process_namespaces(status: Status, files: ExitStack) -> tuple[tuple[int, int], ...]:
+def _open_process_namespaces(status: Status, files: Undo) -> tuple[tuple[int, int], ...]:
     """Those of the container's process that are not the caller's own; the mount namespace last."""
     joined = []
     for kind, name in FILES.items():
@@ -308,7 +307,7 @@ def _exec_process(document: dict[str, object], spec: Spec, streams: Streams) -> 
     )
 
 
-def _with_trees(root: RootPlan, files: ExitStack) -> RootPlan:
+def _with_trees(root: RootPlan, files: Undo) -> RootPlan:
     """In a user namespace, sources of binds are opened beforehand: their folders may be closed to its root."""
     if not root.bind_devices:
         return root
@@ -325,11 +324,11 @@ def _with_trees(root: RootPlan, files: ExitStack) -> RootPlan:
     return replace(root, mounts=tuple(steps))
 
 
-def _console(streams: Streams, files: ExitStack) -> int:
+def _console(streams: Streams, files: Undo) -> int:
     path = streams.console_socket
     if not path:
         return streams.console
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     files.callback(connection.close)
     try:
         connection.connect(path)

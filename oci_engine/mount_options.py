@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from oci_engine.linux import MS_PRIVATE, MS_SHARED, MS_SLAVE, MS_UNBINDABLE
+from oci_engine.records import Record
 
 # MOUNT_ATTR_*, linux/mount.h
 RDONLY = 0x1
@@ -40,8 +39,7 @@ _NO_EFFECT = frozenset(
 UNSUPPORTED = frozenset({"idmap", "ridmap", "copy-symlink"})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attributes:
+class Attributes(Record):
     """Bits to set and to clear. A field that is set has all of its bits in `clear`, as mount_setattr(2) wants."""
 
     set: int = 0
@@ -62,8 +60,7 @@ class Attributes:
         return bool(self.set or self.clear)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MountOptions:
+class MountOptions(Record):
     """`propagation` is (flag, with what is below); `data` are the file system's own parameters, in order."""
 
     bind: bool

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
 
 from oci_engine import inroot, linux
 from oci_engine.copy_up import copy_tree
@@ -17,6 +16,7 @@ from oci_engine.errors import SetupFailed
 from oci_engine.mount_options import NODEV, NOEXEC, NOSUID, RDONLY
 from oci_engine.steps import step
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.plan import CgroupMount, MountStep
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from oci_engine.records import Record
 
 
-@dataclass(frozen=True, kw_only=True)
-class Streams:
+class Streams(Record):
     """`stdio` are the open files that become 0, 1 and 2; `preserve_fds` how many after 2 stay open too.
 
     A terminal's master end is sent to `console_socket`, a path, or over `console`, an open socket.
@@ -18,15 +17,14 @@ class Streams:
     console: int = -1
 
 
-@dataclass(frozen=True, kw_only=True)
-class CreateOptions:
+class CreateOptions(Record):
     streams: Streams = Streams()
     pid_file: str = ""
     no_pivot: bool = False
     no_new_keyring: bool = False
+    systemd_cgroup: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExecOptions:
+class ExecOptions(Record):
     streams: Streams = Streams()
     pid_file: str = ""

@@ -5,17 +5,16 @@ Between fork and exec nothing is looked up in the caller's objects, parsed, impo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from oci_engine.records import Record
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.linux_spec import Device
     from oci_engine.mount_options import MountOptions
     from oci_engine.spec import Hook, Rlimit, Scheduler
 
 
-@dataclass(frozen=True, kw_only=True)
-class MountStep:
+class MountStep(Record):
     """`tree` is a detached mount that the caller has opened, or -1: the source is opened by the new process."""
 
     destination: str
@@ -26,8 +25,7 @@ class MountStep:
     tree: int = -1
 
 
-@dataclass(frozen=True, kw_only=True)
-class CgroupMount:
+class CgroupMount(Record):
     """A controller's name in the container, and the host's directory that is shown there."""
 
     name: str
@@ -35,8 +33,7 @@ class CgroupMount:
     aliases: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class RootPlan:
+class RootPlan(Record):
     """The file system. `cgroup_mounts` has one entry with an empty name where cgroups are version 2."""
 
     path: str
@@ -52,8 +49,7 @@ class RootPlan:
     mount_label: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class NamespacePlan:
+class NamespacePlan(Record):
     """`joined` are open files of namespaces with their CLONE_NEW flag; `time_offsets` the lines for the kernel."""
 
     joined: tuple[tuple[int, int], ...]
@@ -65,8 +61,7 @@ class NamespacePlan:
     sysctl: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProcessPlan:
+class ProcessPlan(Record):
     """What is executed, and as whom. Capabilities are bit masks; `seccomp` is a program, or None."""
 
     args: tuple[str, ...]
@@ -96,8 +91,7 @@ class ProcessPlan:
     keyring: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Record):
     """`root` is None for one more process in a container. Files: -1 is none; `stdio` become 0, 1 and 2."""
 
     namespaces: NamespacePlan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from oci_engine import capabilities, linux
 from oci_engine.devices import with_defaults
@@ -11,6 +10,7 @@ from oci_engine.errors import SpecError, Unsupported
 from oci_engine.mount_options import UNSUPPORTED, parse_options
 from oci_engine.plan import MountStep, NamespacePlan, ProcessPlan, RootPlan
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.plan import CgroupMount
     from oci_engine.spec import Mount, Process, Spec

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
-
 from oci_engine.errors import SpecError, Unsupported
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from typing import TypeVar
 
-T = TypeVar("T")
+    T = TypeVar("T")
+    from collections.abc import Callable, Collection
 
 UINT32_MAX = 2**32 - 1
 INT64_MAX = 2**63 - 1

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 from oci_engine.errors import SpecError
 from oci_engine.reader import INT64_MAX, UINT32_MAX, UINT64_MAX
+from oci_engine.records import Record
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.reader import Reader
 
@@ -18,8 +17,7 @@ _LIST = frozenset("0123456789,- ")
 _NOT_UNIFIED = ("cgroup.",)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeviceRule:
+class DeviceRule(Record):
     """`type` is a, b or c; None as a number is any of them."""
 
     allow: bool
@@ -29,8 +27,7 @@ class DeviceRule:
     access: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Memory:
+class Memory(Record):
     """Bytes; -1 is no limit."""
 
     limit: int | None = None
@@ -40,8 +37,7 @@ class Memory:
     disable_oom_killer: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cpu:
+class Cpu(Record):
     """Quota, period and burst in microseconds."""
 
     shares: int | None = None
@@ -55,8 +51,7 @@ class Cpu:
     idle: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Throttle:
+class Throttle(Record):
     """`file` is the v1 controller's: read_bps_device and so on."""
 
     file: str
@@ -65,8 +60,7 @@ class Throttle:
     rate: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Resources:
+class Resources(Record):
     devices: tuple[DeviceRule, ...] = ()
     memory: Memory = Memory()
     cpu: Cpu = Cpu()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from oci_engine import linux
 from oci_engine.devices import make_device, make_links
@@ -12,6 +11,7 @@ from oci_engine.mountinfo import unescape
 from oci_engine.mounts import make_mount, make_readonly, mask
 from oci_engine.steps import step
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.plan import RootPlan
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from oci_engine import linux
 from oci_engine.errors import SetupFailed, SpecError, Unsupported
 from oci_engine.reader import UINT64_MAX
+from oci_engine.records import Record
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from oci_engine.reader import Reader
 
 # seccomp.h of libseccomp
@@ -45,23 +47,20 @@ _BINARY_TREE = 2
 _UNKNOWN_SYSCALL = -1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Argument:
+class Argument(Record):
     index: int
     value: int
     value_two: int
     operator: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rule:
+class Rule(Record):
     names: tuple[str, ...]
     action: int
     arguments: tuple[Argument, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Seccomp:
+class Seccomp(Record):
     """Actions are the kernel's words, with the error number in them."""
 
     default_action: int

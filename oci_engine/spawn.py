@@ -7,15 +7,15 @@ side. Where a thread can take the namespaces, there is only one fork, and no pro
 from __future__ import annotations
 
 import os
-import signal
 from _thread import allocate_lock, start_new_thread
-from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from oci_engine import channel, child, linux
+from oci_engine.c_modules import signal
 from oci_engine.errors import SetupFailed
 from oci_engine.steps import reason
+from oci_engine.undo import suppress
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

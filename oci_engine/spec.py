@@ -7,12 +7,12 @@ engine does not do. Fields that the specification does not know are ignored, as 
 from __future__ import annotations
 
 import posixpath
-from dataclasses import dataclass
 
 from oci_engine import capabilities
 from oci_engine.errors import SpecError, Unsupported
 from oci_engine.linux_spec import Linux, read_linux
 from oci_engine.reader import UINT32_MAX, UINT64_MAX, Reader
+from oci_engine.records import Record
 
 HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 #: Of asm-generic/resource.h, which all our architectures have.
@@ -34,14 +34,12 @@ _SCHEDULER_FLAGS = {
 _IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Root:
+class Root(Record):
     path: str
     readonly: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mount:
+class Mount(Record):
     """`place` is where it stands in the document, for complaints that come later."""
 
     destination: str
@@ -51,24 +49,21 @@ class Mount:
     place: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class User:
+class User(Record):
     uid: int
     gid: int
     umask: int | None
     additional_gids: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rlimit:
+class Rlimit(Record):
     name: str
     resource: int
     soft: int
     hard: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scheduler:
+class Scheduler(Record):
     """The words of struct sched_attr, in its order."""
 
     policy: int
@@ -80,8 +75,7 @@ class Scheduler:
     period: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Process:
+class Process(Record):
     """Capabilities are bit masks by the names of `capabilities.SETS`; None leaves them as the caller's are."""
 
     terminal: bool
@@ -100,16 +94,14 @@ class Process:
     io_priority: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hook:
+class Hook(Record):
     path: str
     args: tuple[str, ...]
     env: tuple[str, ...]
     timeout_s: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spec:
+class Spec(Record):
     version: str
     root: Root
     mounts: tuple[Mount, ...]

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import stat
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from oci_engine import json_text
 from oci_engine.errors import AlreadyExists, EngineError, NotFound
+from oci_engine.records import Record
+from oci_engine.undo import suppress
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from types import TracebackType
 
 CREATING, CREATED, RUNNING, PAUSED, STOPPED = "creating", "created", "running", "paused", "stopped"
 FIFO = "exec.fifo"
@@ -27,8 +27,7 @@ _ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 _ID_LENGTH = 1024
 
 
-@dataclass(frozen=True, kw_only=True)
-class Status:
+class Status(Record):
     """`process_start_time` is field 22 of /proc/PID/stat, in clock ticks since boot."""
 
     oci_version: str
@@ -42,12 +41,13 @@ class Status:
     owner: int
     cgroup_paths: dict[str, str]
     cgroups_path: str
+    unit: str  # of systemd, empty without it
     no_pivot: bool
     no_new_keyring: bool
     spec: dict[str, object]
 
     def to_json(self) -> str:
-        return json.dumps(
+        return json_text.dumps(
             {
                 "ociVersion": self.oci_version,
                 "id": self.id,
@@ -57,7 +57,12 @@ class Status:
                 "rootfs": self.rootfs,
                 "processStartTime": self.process_start_time,
                 "created": self.created,
-                "cgroupManager": {"paths": self.cgroup_paths, "mounts": {}, "cpath": self.cgroups_path},
+                "cgroupManager": {
+                    "paths": self.cgroup_paths,
+                    "mounts": {},
+                    "cpath": self.cgroups_path,
+                    "unit": self.unit,
+                },
                 "config": {
                     "cgroupName": self.cgroups_path or self.id,
                     "noPivotRoot": self.no_pivot,
@@ -74,7 +79,7 @@ class Status:
     @classmethod
     def from_json(cls, text: str) -> Status:
         """Raises ValueError, KeyError, TypeError when it is not whole."""
-        data = json.loads(text)
+        data = json_text.loads(text)
         config, cgroup = data["config"], data["cgroupManager"]
         return cls(
             oci_version=data["ociVersion"],
@@ -88,10 +93,40 @@ class Status:
             owner=config["owner"],
             cgroup_paths=cgroup["paths"],
             cgroups_path=cgroup["cpath"],
+            unit=cgroup.get("unit", ""),  # records of before it could be
             no_pivot=config["noPivotRoot"],
             no_new_keyring=config["noNewKeyring"],
             spec=config["spec"],
         )
+
+
+class _Locked:
+    """A block that has a container's folder to itself."""
+
+    def __init__(self, folder: str, container_id: str) -> None:
+        self._folder = folder
+        self._id = container_id
+        self._fd = -1
+
+    def __enter__(self) -> None:
+        try:
+            fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise NotFound(f"container {self._id} does not exist") from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            # Deleted by the one who had the lock.
+            if os.fstat(fd).st_nlink == 0:
+                raise NotFound(f"container {self._id} does not exist")
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)
 
 
 class Store:
@@ -119,21 +154,9 @@ class Store:
         except FileExistsError:
             raise AlreadyExists(f"container {container_id} already exists") from None
 
-    @contextmanager
-    def locked(self, container_id: str) -> Iterator[None]:
+    def locked(self, container_id: str) -> _Locked:
         """Verbs of one container come one after the other, also from different programs. Raises NotFound."""
-        try:
-            fd = os.open(self.folder(container_id), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise NotFound(f"container {container_id} does not exist") from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            # Deleted by the one who had the lock.
-            if os.fstat(fd).st_nlink == 0:
-                raise NotFound(f"container {container_id} does not exist")
-            yield
-        finally:
-            os.close(fd)
+        return _Locked(self.folder(container_id), container_id)
 
     def save(self, status: Status) -> None:
         """In one step: who reads meanwhile sees the old one or the new one."""

@@ -6,8 +6,8 @@ A caller that collects all of its children by itself, as the first process of a 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

@@ -27,6 +27,9 @@ packages() {
         echo xfsprogs mount cpio
         # A whole machine is booted with this host's files: its init, its control groups, its device mapper.
         echo systemd dbus dmsetup
+        # Callers of the shim and of runk beside containerd; the command line of Docker is a package of its own since 13.
+        echo podman docker.io
+        if [ "$release" != 12 ]; then echo docker-cli; fi
         # Guests of other architectures are emulated.
         echo qemu-system-arm
         # In Debian 12 it is one of several that have a package together.
@@ -41,6 +44,8 @@ packages() {
         echo gcc libc6-dev
         # What sends bytes through the network of a guest, and what makes a disk of a file.
         echo iperf3 mount
+        # What containers on the host are compared with.
+        echo runc crun time
     fi
 }
 

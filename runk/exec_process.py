@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING
-
+from oci_engine import json_text
 from oci_engine.capabilities import SETS
 from oci_engine.errors import EngineError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
+    from runk.arguments import Options
 
 
-def process_document(options: argparse.Namespace, spec: dict[str, object]) -> dict[str, object]:
+def process_document(options: Options, spec: dict[str, object]) -> dict[str, object]:
     """As in `process` of a specification. Raises EngineError when there is nothing to run."""
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if options.process:
         try:
             with open(options.process) as file:
-                document = json.load(file)
+                document = json_text.loads(file.read())
         except (OSError, ValueError) as err:
             raise EngineError(f"--process {options.process}: {err}") from None
         if not isinstance(document, dict):

@@ -18,7 +18,7 @@ def features(version: str) -> dict[str, object]:
         "linux": {
             "namespaces": sorted(NAMESPACES),
             "capabilities": list(NAMES),
-            "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": False},
+            "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": False},
             "seccomp": {
                 "enabled": True,
                 "actions": sorted(seccomp.ACTIONS),

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import array
 import fcntl
 import os
 import select
-import signal
-import socket
 import struct
-import tempfile
 import termios
-import tty
-from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING
 
+from oci_engine.c_modules import signal
 from oci_engine.errors import EngineError
+from oci_engine.undo import Undo, suppress
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import FrameType
 
 _CHUNK = 1 << 16
@@ -34,15 +29,24 @@ _OWN_SIGNALS = frozenset(
 class ConsoleSocket:
     """Where the process's terminal is sent to."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="runk-"))
+    def __init__(self, undo: Undo) -> None:
+        import socket
+        import tempfile
+
+        folder = tempfile.mkdtemp(prefix="runk-")
+        undo.callback(os.rmdir, folder)
         self.path = f"{folder}/console.sock"
-        self._listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        self._listener = socket.socket(socket.AF_UNIX)
+        undo.callback(self._listener.close)
         self._listener.bind(self.path)
+        undo.callback(os.unlink, self.path)
         self._listener.listen(1)
 
     def terminal(self) -> int:
         """The master end, once the process has been made."""
+        import array
+        import socket
+
         connection, _ = self._listener.accept()
         with connection:
             files = array.array("i")
@@ -56,23 +60,16 @@ class ConsoleSocket:
         raise EngineError("the container's terminal was not sent")
 
 
-@contextmanager
-def forwarded_signals(pid: int) -> Iterator[None]:
+def _forward_signals(pid: int, undo: Undo) -> None:
     """What this process is told is passed on to the container's, which is a child that nobody else reaps."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    before = {}
     for number in signal.valid_signals() - _OWN_SIGNALS:
         with suppress(OSError, ValueError):
-            before[number] = signal.signal(number, forward)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            undo.callback(signal.signal, number, signal.signal(number, forward))
 
 
 def own_size() -> tuple[int, int]:
@@ -91,9 +88,13 @@ def set_size(master: int, size: tuple[int, int]) -> None:
 
 def wait(pid: int, master: int = -1) -> int:
     """Returns the exit status as shells have it, when the process has ended and its output has been copied."""
-    with forwarded_signals(pid):
+    with Undo() as undo:
+        _forward_signals(pid, undo)
         if master >= 0:
-            with _raw_input(), _same_size(master):
+            with Undo() as terminal:
+                if os.isatty(0):
+                    _take_raw_input(terminal)
+                    _keep_same_size(master, terminal)
                 _copy(master)
         _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
@@ -124,33 +125,19 @@ def _write(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data) :]
 
 
-@contextmanager
-def _raw_input() -> Iterator[None]:
+def _take_raw_input(undo: Undo) -> None:
     """Keys reach the container as they are, Ctrl-C included."""
-    if not os.isatty(0):
-        yield
-        return
-    before = termios.tcgetattr(0)
+    import tty
+
+    undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
     tty.setraw(0, termios.TCSADRAIN)  # what was typed already is for the container
-    try:
-        yield
-    finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
-@contextmanager
-def _same_size(master: int) -> Iterator[None]:
+def _keep_same_size(master: int, undo: Undo) -> None:
     """The container's terminal is as large as ours, also after a change."""
 
     def resize(_number: int = 0, _frame: FrameType | None = None) -> None:
         set_size(master, own_size())
 
-    if not os.isatty(0):
-        yield
-        return
     resize()
-    before = signal.signal(signal.SIGWINCH, resize)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGWINCH, before)
+    undo.callback(signal.signal, signal.SIGWINCH, signal.signal(signal.SIGWINCH, resize))

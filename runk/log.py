@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
+
+from oci_engine import json_text
 
 
 class Log:
@@ -33,8 +34,8 @@ class Log:
             return
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if self._json:
-            line = json.dumps({"level": level, "msg": message, "time": now})
+            line = json_text.dumps({"level": level, "msg": message, "time": now})
         else:
-            line = f'time="{now}" level={level} msg={json.dumps(message)}'
+            line = f'time="{now}" level={level} msg={json_text.dumps(message)}'
         with open(self._path, "a") as file:
             file.write(line + "\n")

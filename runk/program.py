@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -23,6 +24,8 @@ def main() -> None:
             run_sealed()
         except OSError as err:
             sys.exit(f"runk: {sys.executable} cannot be protected from containers: {err}")
+    gc.disable()  # nothing of what is made from here on is garbage before the end
     from runk.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+    # The interpreter would put away one by one what the kernel is about to take as a whole.
+    os._exit(run(sys.argv[1:]))

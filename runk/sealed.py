@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 
 from oci_engine import linux
-from oci_engine.mount_options import RDONLY
+
+_RDONLY = 1  # MOUNT_ATTR_RDONLY of linux/mount.h
 
 
 def run_sealed() -> None:
@@ -21,5 +22,5 @@ def run_sealed() -> None:
     with open("/proc/self/cmdline", "rb") as file:
         arguments = file.read().split(b"\0")[:-1]
     sealed = linux.open_tree(linux.AT_FDCWD, executable, linux.OPEN_TREE_CLONE)
-    linux.mount_setattr(sealed, set_=RDONLY)
+    linux.mount_setattr(sealed, set_=_RDONLY)
     os.execve(sealed, arguments, os.environb)  # noqa: S606

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import pwd
-from typing import TYPE_CHECKING
 
+from oci_engine import json_text
 from oci_engine.errors import EngineError, NotFound
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.container import Engine
     from oci_engine.state import Status
@@ -48,7 +48,7 @@ def list_text(engine: Engine, form: str, *, quiet: bool) -> str:
     if quiet:
         return "".join(f"{state['id']}\n" for state in states)
     if form == "json":
-        return json.dumps(states) + "\n"
+        return json_text.dumps(states) + "\n"
     rows = [_COLUMNS, *(tuple(str(state[name.lower()]) for name in _COLUMNS) for state in states)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -58,7 +58,7 @@ def list_text(engine: Engine, form: str, *, quiet: bool) -> str:
 def ps_text(pids: list[int], form: str, arguments: list[str]) -> str:
     """The host's `ps`, and of its lines those of the container. Raises EngineError."""
     if form == "json":
-        return json.dumps(pids) + "\n"
+        return json_text.dumps(pids) + "\n"
     import subprocess
 
     try:

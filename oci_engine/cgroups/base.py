@@ -1,61 +1,25 @@
-"""What a container's control group is able to do, whatever the version."""
+"""Ending the processes of a control group, and removing it, whatever the version."""
 
 from __future__ import annotations
 
 import os
-import signal
 import time
-from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
 
+from oci_engine.c_modules import signal
 from oci_engine.errors import SetupFailed
+from oci_engine.undo import suppress
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from oci_engine.plan import CgroupMount
-    from oci_engine.resources_spec import Resources
+    from oci_engine.cgroups.group import Cgroup
 
 #: How often a signal to a whole group looks for processes that it has missed.
 _MAX_SIGNAL_ROUNDS = 16
 # A group is busy for a moment after its last process was killed. The figures are those of other runtimes.
 _REMOVE_TRIES = 5
 _REMOVE_PAUSE_S = 0.02
-
-
-class Cgroup(Protocol):
-    """One container's group. `paths` has the host's directories by controller, with one entry "" in version 2."""
-
-    paths: dict[str, str]
-
-    def create(self) -> None:
-        """Make it; harmless if it is there."""
-
-    def limit(self, resources: Resources, *, devices: bool = True) -> None:
-        """Set what is asked for, leave the rest. Raises SetupFailed."""
-
-    def add(self, pid: int) -> None:
-        """Move a process into it."""
-
-    def pids(self) -> list[int]:
-        """Of its processes and those of groups below."""
-
-    def freeze(self, frozen: bool) -> None:
-        """Returns when it is done."""
-
-    def is_frozen(self) -> bool: ...
-
-    def kill(self) -> None:
-        """SIGKILL to every process, frozen ones too."""
-
-    def remove(self) -> None:
-        """With all groups below. Raises OSError while a process lives in one."""
-
-    def mounts(self) -> tuple[CgroupMount, ...]:
-        """What the container sees of it at a mount of type cgroup."""
-
-    def stats(self) -> dict[str, object]:
-        """As the `data` of runc's events have it."""
 
 
 def signal_each(pids: Callable[[], list[int]], number: int) -> None:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from typing import TYPE_CHECKING
 
 from oci_engine import bpf, linux
 from oci_engine.bpf import answer, instruction, signed
 from oci_engine.errors import SetupFailed
+from oci_engine.undo import suppress
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from oci_engine.resources_spec import DeviceRule
 
 # Registers. The first is the answer's, the second the context's.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
 
 from oci_engine.errors import SetupFailed
+from oci_engine.undo import suppress
 
 
 def read(path: str) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from oci_engine.mountinfo import unescape
+from oci_engine.records import Record
 
 UNIFIED = "/sys/fs/cgroup"
 CONTROLLERS = frozenset(
@@ -15,8 +14,7 @@ CONTROLLERS = frozenset(
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hierarchy:
+class Hierarchy(Record):
     """A mounted tree of version 1. `own` is the calling process's group in it, as a path below `point`."""
 
     controllers: tuple[str, ...]

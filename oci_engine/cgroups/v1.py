@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
 
 from oci_engine.cgroups import files
 from oci_engine.cgroups.base import kill_each
 from oci_engine.errors import SetupFailed
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.cgroups.mounted import Hierarchy
     from oci_engine.plan import CgroupMount

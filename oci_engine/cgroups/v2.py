@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import select
-from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from oci_engine.cgroups import files
 from oci_engine.cgroups.base import kill_each
 from oci_engine.errors import SetupFailed
+from oci_engine.undo import suppress
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.plan import CgroupMount
     from oci_engine.resources_spec import Cpu, Memory, Resources, Throttle
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: What limits and statistics need; each makes every group more expensive.
 _CONTROLLERS = ("cpuset", "cpu", "io", "memory", "hugetlb", "pids")
 _FREEZE_TIMEOUT_S = 10.0
-_DEFAULT_PERIOD_US = 100_000
+DEFAULT_PERIOD_US = 100_000
 _THROTTLES = {
     "read_bps_device": "rbps", "write_bps_device": "wbps", "read_iops_device": "riops", "write_iops_device": "wiops",
 }  # fmt: skip
@@ -99,7 +99,7 @@ class CgroupV2:
             quota = "max" if not cpu.quota or cpu.quota < 0 else str(cpu.quota)
             if not cpu.quota:  # a new period alone keeps the quota
                 quota = (files.read(f"{self._path}/cpu.max").split() or ["max"])[0]
-            self._write("cpu.max", f"{quota} {cpu.period or _DEFAULT_PERIOD_US}", "cpu.quota")
+            self._write("cpu.max", f"{quota} {cpu.period or DEFAULT_PERIOD_US}", "cpu.quota")
         if cpu.burst is not None:
             self._write("cpu.max.burst", str(cpu.burst), "cpu.burst")
         if cpu.cpus:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import threading
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from oci_engine.errors import (
 )
 from oci_engine.options import CreateOptions, Streams
 from oci_engine.resources_spec import DeviceRule, Resources
+from oci_engine.undo import Undo
 from runk.foreground import ConsoleSocket
 from tests.support import host
 from tests.support.containers import remove_group, spec, wait
@@ -271,8 +271,8 @@ def test_one_more_process(containers: Containers) -> None:
 
 
 def test_terminal(containers: Containers) -> None:
-    with ExitStack() as stack:
-        console = ConsoleSocket(stack)
+    with Undo() as undo:
+        console = ConsoleSocket(undo)
         document = spec("sh", "-c", "tty; stty size; ls -l /dev/console; test -t 0 && echo yes")
         document["process"] |= {"terminal": True, "consoleSize": {"height": 33, "width": 77}}
         container_id, bundle = containers.bundle(document)

@@ -183,7 +183,13 @@ def test_preserved_files(containers: Containers, program: Path) -> None:
 
 
 def test_refusals(containers: Containers, runk: Runk, tmp_path: Path) -> None:
-    assert "not made by systemd" in runk("--systemd-cgroup", "list").stderr
+    container_id, bundle = containers.bundle(spec("true"))
+    refused = runk("--systemd-cgroup", "run", "--bundle", bundle, container_id)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert (
+        "linux.cgroupsPath: want slice:prefix:name" in refused.stderr
+        or "--systemd-cgroup: " in refused.stderr
+    )
     assert "invalid container id" in runk("state", "../x").stderr
     nothing = runk("create", "--bundle", tmp_path, "nothing")
     assert (nothing.returncode, "there is no such file" in nothing.stderr) == (1, True)

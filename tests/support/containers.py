@@ -20,7 +20,7 @@ from tests.support import host
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from oci_engine.cgroups.base import Cgroup
+    from oci_engine.cgroups.group import Cgroup
 
 BUSYBOX = Path("/bin/busybox")
 Spec = dict[str, Any]

@@ -369,35 +369,3 @@ assert signal.set_wakeup_fd(-1) == -1
         [sys.executable, "-c", program, str(INSIDE)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_json() -> None:
-    inside = load("json")
-    value = {"a": [1, -2.5, "\u00e9\n", None, True, {}], "b": 2**63}
-    assert inside.loads(inside.dumps(value)) == value
-    assert json.loads(inside.dumps(value)) == value
-    assert inside.loads(json.dumps(value, indent=2).encode()) == value
-    for wrong in ("", "  ", "{", "[1,]", "1 2", '{"a" 1}', '"\n"'):
-        with pytest.raises(ValueError, match="char"):
-            inside.loads(wrong)
-    with pytest.raises(TypeError, match="set is no JSON type"):
-        inside.dumps({1, 2})
-
-
-def test_data_classes() -> None:
-    dataclasses = load("dataclasses")
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Point:
-        x: int
-        y: int = 5
-
-    point = Point(x=1)  # type: ignore[call-arg]
-    assert (point.x, point.y) == (1, 5)
-    assert repr(dataclasses.replace(point, y=7)) == "Point(x=1, y=7)"
-    assert point.y == 5
-    for wrong in ({}, {"x": 1, "z": 2}):
-        with pytest.raises(TypeError, match="Point takes x, y"):
-            Point(**wrong)
-    with pytest.raises(AttributeError, match="cannot change 'x'"):
-        point.x = 2

@@ -144,7 +144,6 @@ REFUSED: list[tuple[str, object, str]] = [
     ("linux.netDevices", {"eth0": {}}, "linux.netDevices"),
     ("linux.namespaces", [], "linux.namespaces"),
     ("linux.namespaces", [{"type": "mount", "path": "/x"}], "linux.namespaces"),
-    ("linux.cgroupsPath", "system.slice:runk:id", "linux.cgroupsPath"),
     ("linux.personality", {"domain": "LINUX", "flags": ["X"]}, "linux.personality.flags"),
     ("linux.resources.network", {"classID": 1}, "linux.resources.network"),
     ("linux.resources.rdma", {"x": {}}, "linux.resources.rdma"),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 STATUS = Status(
     oci_version="1.0.2", id="c1", pid=os.getpid(), root="/run/runk", bundle="/b", rootfs="/b/rootfs",
     process_start_time=start_time(os.getpid()), created="2026-01-01T00:00:00.000000000Z", owner=0,
-    cgroup_paths={"memory": "/m"}, cgroups_path="/c1", no_pivot=False, no_new_keyring=True, spec={"a": 1},
+    cgroup_paths={"memory": "/m"}, cgroups_path="/c1", unit="", no_pivot=False, no_new_keyring=True, spec={"a": 1},
 )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_locking_what_is_not_there(store: Store) -> None:
 
 
 def test_whose_process_it_is() -> None:
-    from dataclasses import replace
+    from oci_engine.records import replace
 
     assert is_alive(STATUS)
     assert not is_alive(replace(STATUS, process_start_time=STATUS.process_start_time + 1))

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from oci_engine.errors import EngineError
-from runk.arguments import parser
+from runk.arguments import VERBS, UsageError, parse
 from runk.cli import parse_interval, run
 from runk.default_spec import default_spec
 from runk.exec_process import process_document
@@ -35,23 +35,62 @@ LINES = [
 
 @pytest.mark.parametrize("line", LINES)
 def test_callers_lines(line: str) -> None:
-    options = parser().parse_args(line.split())
+    options = parse(line.split())
     assert options.verb in line.split()
     assert getattr(options, "id", "c1") == "c1"
 
 
 def test_the_rest_is_the_commands() -> None:
-    options = parser().parse_args(["exec", "-t", "c1", "ls", "-t", "--tty"])
+    options = parse(["exec", "-t", "c1", "ls", "-t", "--tty"])
     assert options.command == ["ls", "-t", "--tty"]
 
 
 @pytest.mark.parametrize(
-    "line", ["checkpoint c1", "start", "create", "kill", "start --force c1", "--roo /x list"]
-)
-def test_lines_that_are_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parser().parse_args(line.split())
-    assert "usage" in capsys.readouterr().err
+    ("line", "complaint"),
+    [
+        ("checkpoint c1", "unknown verb 'checkpoint'"), ("start", "runk start: ID is missing"),
+        ("create -b /b", "runk create: ID is missing"), ("kill", "runk kill: ID is missing"),
+        ("start --force c1", "runk start: unknown option --force"), ("start c1 c2", "'c2' is one word too many"),
+        ("--roo /x list", "runk: unknown option --roo"), ("--root", "--root needs a value"),
+        ("--log-format xml list", "--log-format: want one of text, json, got 'xml'"),
+        ("run --preserve-fds x c1", "--preserve-fds: want a number, got 'x'"),
+        ("run -dz c1", "unknown option -dz"), ("run --detach=maybe c1", "want true or false"),
+    ],
+)  # fmt: skip
+def test_lines_that_are_refused(line: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        parse(line.split())
+    assert run(line.split()) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("state c1", "root", "/run/runk"), ("--root=/r state c1", "root", "/r"), ("list -fjson", "format", "json"),
+        ("run -db /b c1", "bundle", "/b"), ("run -db/b c1", "detach", True), ("run --detach=false c1", "detach", False),
+        ("run c1 -d", "detach", True), ("kill c1", "signal", ""), ("kill c1 9 --all", "signal", "9"),
+        ("exec -e A=b -e C=d c1 sh", "env", ["A=b", "C=d"]), ("exec -g 7 c1 sh", "additional_gids", [7]),
+        ("exec c1", "command", []), ("exec --cwd / -- c1 -x", "command", ["-x"]), ("update -r - c1", "resources", "-"),
+        ("update --memory 5 c1", "memory", 5), ("update c1", "memory", None), ("", "verb", ""),
+    ],
+)  # fmt: skip
+def test_values(line: str, name: str, value: object) -> None:
+    assert getattr(parse(line.split()), name) == value
+
+
+def test_lists_are_not_shared() -> None:
+    parse(["exec", "-e", "A=b", "c1", "sh"])
+    assert parse(["exec", "c1", "sh"]).env == []
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {verb} " in said for verb in VERBS)
+    for verb in VERBS:
+        assert run([verb, "-h"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: runk [OPTIONS] {verb}")
 
 
 def test_version_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +145,7 @@ def test_process_of_exec() -> None:
         "ls",
         "-l",
     ]
-    document = process_document(parser().parse_args(line), spec)
+    document = process_document(parse(line), spec)
     assert document["args"] == ["ls", "-l"]
     assert document["terminal"] is False
     assert document["user"] == {"uid": 5, "gid": 6, "additionalGids": [7]}
@@ -120,7 +159,7 @@ def test_process_of_exec() -> None:
 
 @pytest.mark.parametrize("user", ["root", "1:", "1:x", ":1", ""])
 def test_users_that_are_none(user: str) -> None:
-    options = parser().parse_args(["exec", "c1", "ls"])
+    options = parse(["exec", "c1", "ls"])
     options.user = user or ":"
     with pytest.raises(EngineError, match="--user"):
         process_document(options, default_spec())
