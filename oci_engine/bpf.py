@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import struct
-from contextlib import suppress
-from typing import Any
 
 from oci_engine import linux
+from oci_engine.undo import suppress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # Operation codes, linux/bpf.h and linux/bpf_common.h. Where two are alike, the one without a width is of 32 bits.
 LOAD_WORD, LOAD_HALF = 0x61, 0x69  # dst = *(u32 *)(src + off), or *(u16 *)

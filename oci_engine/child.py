@@ -117,7 +117,9 @@ def _begin_inside(plan: Plan) -> NoReturn:
 
 def _take_namespaces(plan: Plan) -> NoReturn:
     _take_files(plan)
-    linux.prctl(linux.PR_SET_DUMPABLE, 0)
+    # Without root, the caller may not map ids of a process that it cannot look into; it comes after that then.
+    if os.geteuid() == 0:
+        linux.prctl(linux.PR_SET_DUMPABLE, 0)
     channel.receive(plan.channel)  # from now on in the container's cgroup
     namespaces = plan.namespaces
     with step("linux.namespaces"):

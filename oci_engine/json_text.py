@@ -34,11 +34,25 @@ def loads(text: str) -> Any:
         value, end = _scan(text, start)
     except StopIteration as err:
         raise ValueError(f"Expecting value (char {err.value})") from None
-    except ImportError:  # of the error's class, in a guest
-        raise ValueError("is no JSON document") from None
+    except (ImportError, SystemError):
+        # The scanner's error is the Python half's, for which Python 3.11 only looks among the modules that are loaded.
+        raise ValueError(_problem(text)) from None
     if text[end:].strip(_WHITE_SPACE):
         raise ValueError(f"Extra data (char {end})")
     return value
+
+
+def _problem(text: str) -> str:
+    """What is wrong, in the words of the Python half, which a guest does not have."""
+    try:
+        import json
+
+        json.loads(text)
+    except ImportError:
+        return "it has a mistake somewhere"
+    except ValueError as err:
+        return str(err)
+    return "it cannot be read"
 
 
 def _refuse(value: object) -> Any:

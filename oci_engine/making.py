@@ -66,7 +66,12 @@ def create(store: Store, container_id: str, bundle: str, options: CreateOptions,
         store.reserve(container_id)
         undo.callback(store.remove, container_id)
         with store.locked(container_id):
-            cgroup = find_cgroup(spec.linux.cgroups_path, container_id, systemd=options.systemd_cgroup)
+            cgroup = find_cgroup(
+                spec.linux.cgroups_path,
+                container_id,
+                systemd=options.systemd_cgroup,
+                rootless=options.rootless,
+            )
             _make_cgroup(cgroup, spec, undo)
             status = Status(
                 oci_version=spec.version,
@@ -116,8 +121,10 @@ def _make_process(
             bundle=status.bundle,
             no_pivot=options.no_pivot,
             cgroup_mounts=cgroup.mounts(),
+            bind_devices=options.rootless or "user" in spec.linux.namespaces,
         )
-        root = _with_trees(root, files)
+        if not options.rootless:
+            root = _with_trees(root, files)
         keyring = "" if options.no_new_keyring else f"_ses.{status.id}"
         process_plan = plan_process(process, spec, seccomp=known.seccomp, keyring=keyring)
         early = [*spec.hooks["prestart"], *spec.hooks["createRuntime"]]

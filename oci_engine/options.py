@@ -18,11 +18,14 @@ class Streams(Record):
 
 
 class CreateOptions(Record):
+    """`rootless` makes it with what somebody else than the host's root may do, and without a control group."""
+
     streams: Streams = Streams()
     pid_file: str = ""
     no_pivot: bool = False
     no_new_keyring: bool = False
     systemd_cgroup: bool = False
+    rootless: bool = False
 
 
 class ExecOptions(Record):

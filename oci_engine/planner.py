@@ -62,7 +62,13 @@ def plan_process(process: Process, spec: Spec, *, seccomp: bytes | None, keyring
 
 
 def plan_root(
-    spec: Spec, *, rootfs: str, bundle: str, no_pivot: bool, cgroup_mounts: tuple[CgroupMount, ...]
+    spec: Spec,
+    *,
+    rootfs: str,
+    bundle: str,
+    no_pivot: bool,
+    cgroup_mounts: tuple[CgroupMount, ...],
+    bind_devices: bool,
 ) -> RootPlan:
     """`rootfs` is the absolute path. Raises SpecError, Unsupported."""
     return RootPlan(
@@ -72,7 +78,7 @@ def plan_root(
         no_pivot=no_pivot,
         mounts=tuple(plan_mount(mount, bundle) for mount in spec.mounts),
         devices=with_defaults(spec.linux.devices),
-        bind_devices="user" in spec.linux.namespaces,
+        bind_devices=bind_devices,
         masked_paths=spec.linux.masked_paths,
         readonly_paths=spec.linux.readonly_paths,
         cgroup_mounts=cgroup_mounts,

@@ -88,7 +88,7 @@ def spawn(
         os.close(theirs)
     try:
         _place(first, placed, oom_score_adj)
-        pid = _guide(first, ours, plan, uid_mappings, gid_mappings) if alone else first
+        pid = _guide(first, ours, plan, uid_mappings, gid_mappings, wait) if alone else first
     except BaseException:
         os.close(ours)  # which ends it, wherever it waits
         with suppress(ProcessLookupError):
@@ -157,7 +157,7 @@ def _fork(plan: Plan) -> int:
 def _place(pid: int, placed: Callable[[int], None], oom_score_adj: int | None) -> None:
     placed(pid)
     if oom_score_adj is not None:
-        _write(pid, "oom_score_adj", str(oom_score_adj), "process.oomScoreAdj")
+        _set_oom_score(pid, oom_score_adj)
 
 
 def _guide(
@@ -166,13 +166,14 @@ def _guide(
     plan: Plan,
     uid_mappings: tuple[IdMapping, ...],
     gid_mappings: tuple[IdMapping, ...],
+    wait: Wait,
 ) -> int:
     try:
         channel.send(fd, event="go")
         if uid_mappings or gid_mappings:
             _expect(fd, "user")
-            _write(first, "uid_map", _map_text(uid_mappings), "linux.uidMappings")
-            _write(first, "gid_map", _map_text(gid_mappings), "linux.gidMappings")
+            _map_ids(first, "uid", uid_mappings, wait)
+            _map_ids(first, "gid", gid_mappings, wait)
             channel.send(fd, event="go")
         if plan.namespaces.time_offsets:
             _expect(fd, "time")
@@ -188,6 +189,41 @@ def _expect(fd: int, event: str) -> dict[str, object]:
     if message.get("event") != event:
         raise SetupFailed(f"the container's process said {message.get('event')!r} instead of {event!r}")
     return message
+
+
+def _set_oom_score(pid: int, value: int) -> None:
+    try:
+        _write(pid, "oom_score_adj", str(value), "process.oomScoreAdj")
+    except SetupFailed:
+        if os.geteuid() == 0:
+            raise
+        # Only the host's root may make a process less likely to be ended; for others it stays as it is.
+
+
+def _map_ids(pid: int, kind: str, mappings: tuple[IdMapping, ...], wait: Wait) -> None:
+    """`kind` is uid or gid. Others than root may map themselves alone, and what newuidmap(1) grants them."""
+    place = f"linux.{kind}Mappings"
+    own = {"uid": os.geteuid, "gid": os.getegid}[kind]()
+    if own == 0 or os.geteuid() == 0:
+        _write(pid, f"{kind}_map", _map_text(mappings), place)
+    elif [(each.host, each.size) for each in mappings] == [(own, 1)]:
+        if kind == "gid":
+            # Else it could leave a group that a file's mode keeps out.
+            _write(pid, "setgroups", "deny", place)
+        _write(pid, f"{kind}_map", _map_text(mappings), place)
+    else:
+        program = f"new{kind}map"
+        words = [program, str(pid), *_map_text(mappings).split()]
+        try:
+            done = wait(os.posix_spawnp(program, words, os.environ))
+        except (FileNotFoundError, PermissionError):  # the latter by a folder of PATH that is closed
+            raise SetupFailed(
+                f"{place}: there is no {program} to map other ids than one's own; install uidmap"
+            ) from None
+        if done != 0:
+            raise SetupFailed(
+                f"{place}: {program} ended with status {done}; do /etc/sub{kind} and the mappings agree?"
+            )
 
 
 def _map_text(mappings: tuple[IdMapping, ...]) -> str:

@@ -43,9 +43,10 @@ class Flag:
         value: str = "",
         choices: tuple[str, ...] = (),
         many: bool = False,
+        attribute: str = "",
     ) -> None:
         self.name, _, self.short = names.partition(" ")
-        self.attribute = self.name.replace("-", "_")
+        self.attribute = attribute or self.name.replace("-", "_")
         self.text = text
         self.kind = kind
         self.default = False if kind is None else default
@@ -65,12 +66,12 @@ class Verb:
 
 
 FLAGS = (
-    Flag("root", "where states are kept (default: /run/runk)", str, default="/run/runk", value="FOLDER"),
+    Flag("root", "where states are kept (default: /run/runk)", str, default="", value="FOLDER"),
     Flag("log", "append messages to this file", str, value="FILE"),
     Flag("log-format", "of that file", str, default="text", choices=("text", "json")),
     Flag("debug", "say more in the log"),
     Flag("systemd-cgroup", "have control groups made by systemd: cgroupsPath is slice:prefix:name"),
-    Flag("rootless", "`true` is refused", str, default="auto", choices=("true", "false", "auto")),
+    Flag("rootless", "do without root", str, default="auto", choices=("true", "false", "auto")),
     Flag("version v", "tell the version"),
 )  # fmt: skip
 _BUNDLE = Flag(
@@ -139,7 +140,12 @@ VERBS = {
         _FORMAT,
         words=("id", "arguments*"),
     ),
-    "spec": Verb("write a specification to begin with", _BUNDLE, words=()),
+    "spec": Verb(
+        "write a specification to begin with",
+        _BUNDLE,
+        Flag("rootless", "for others than root", attribute="rootless_spec"),
+        words=(),
+    ),
     "features": Verb("tell what specifications may ask for", words=()),
     "events": Verb(
         "tell statistics",

@@ -43,8 +43,7 @@ def run(argv: list[str]) -> int:
     log = Log(options.log, json_lines=options.log_format == "json", debug=options.debug)
     log.debug(" ".join(argv))
     try:
-        _refuse(options)
-        return _VERBS[options.verb](options, Engine(options.root), log)
+        return _VERBS[options.verb](options, Engine(_root(options)), log)
     except CannotExecute as err:
         log.error(str(err))
         return err.status
@@ -53,9 +52,29 @@ def run(argv: list[str]) -> int:
         return _FAILED
 
 
-def _refuse(options: Options) -> None:
-    if options.rootless == "true" or os.geteuid() != 0:
-        raise EngineError("containers without root are not supported; run it as root")
+def _is_rootless(options: Options) -> bool:
+    """Root of a user namespace is, unless control groups have been delegated to it."""
+    if options.rootless != "auto":
+        return bool(options.rootless == "true")
+    if os.geteuid() != 0:
+        return True
+    with open("/proc/self/uid_map") as file:
+        is_inside = file.read().split() != ["0", "0", str((1 << 32) - 1)]
+    return is_inside and not os.access("/sys/fs/cgroup", os.W_OK)
+
+
+def _root(options: Options) -> str:
+    """Where states are. Raises EngineError."""
+    if options.root:
+        return str(options.root)
+    if os.geteuid() == 0:
+        return "/run/runk"
+    folder = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not folder.startswith("/"):
+        raise EngineError(
+            "there is no folder for the state of containers; set XDG_RUNTIME_DIR, or give --root"
+        )
+    return f"{folder}/runk"
 
 
 def _print(text: str) -> None:
@@ -64,12 +83,16 @@ def _print(text: str) -> None:
 
 
 def _create_options(options: Options, console_socket: str) -> CreateOptions:
+    rootless = _is_rootless(options)
+    if rootless and options.systemd_cgroup:
+        raise EngineError("--systemd-cgroup: containers without root get no control groups; leave it out")
     return CreateOptions(
         streams=_streams(options, console_socket),
         pid_file=options.pid_file,
         no_pivot=options.no_pivot,
         no_new_keyring=options.no_new_keyring,
         systemd_cgroup=options.systemd_cgroup,
+        rootless=rootless,
     )
 
 
@@ -188,12 +211,14 @@ def _ps(options: Options, engine: Engine, _log: Log) -> int:
 
 
 def _spec(options: Options, _engine: Engine, _log: Log) -> int:
-    from runk.default_spec import default_spec
+    from runk.default_spec import default_spec, rootless_spec
 
     path = os.path.join(options.bundle, "config.json")
     try:
         with open(path, "x") as file:
-            file.write(json_text.pretty(default_spec(), 4) + "\n")
+            file.write(
+                json_text.pretty(rootless_spec() if options.rootless_spec else default_spec(), 4) + "\n"
+            )
     except FileExistsError:
         raise EngineError(f"{path} exists already; remove it first") from None
     return 0

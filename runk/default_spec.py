@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 _CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
 
 
@@ -49,6 +51,30 @@ def default_spec() -> dict[str, object]:
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
         },
     }  # fmt: skip
+
+
+def rootless_spec() -> dict[str, object]:
+    """The same for who calls, as root of a user namespace: with the host's network and its /sys, and without limits."""
+    document = default_spec()
+    document["mounts"] = [
+        _mount("/proc", "proc", "proc"),
+        _mount("/dev", "tmpfs", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
+        _mount(
+            "/dev/pts", "devpts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"
+        ),
+        _mount("/dev/shm", "tmpfs", "shm", "nosuid", "noexec", "nodev", "mode=1777", "size=65536k"),  # noqa: S108
+        _mount("/dev/mqueue", "mqueue", "mqueue", "nosuid", "noexec", "nodev"),
+        _mount("/sys", "none", "/sys", "rbind", "nosuid", "noexec", "nodev", "ro"),
+    ]
+    linux = document["linux"]
+    assert isinstance(linux, dict)
+    linux |= {
+        "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "user")],
+        "uidMappings": [{"containerID": 0, "hostID": os.geteuid(), "size": 1}],
+        "gidMappings": [{"containerID": 0, "hostID": os.getegid(), "size": 1}],
+    }
+    del linux["resources"]
+    return document
 
 
 def _mount(destination: str, kind: str, source: str, *options: str) -> dict[str, object]:

@@ -14,12 +14,9 @@ import struct
 from oci_engine import bpf, linux
 from oci_engine.bpf import answer, instruction, signed
 from oci_engine.errors import SetupFailed
-from oci_engine.undo import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from oci_engine.resources_spec import DeviceRule
 
 # Registers. The first is the answer's, the second the context's.

@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from oci_engine.state import Status
 
 
-def find_cgroup(cgroups_path: str, container_id: str, *, systemd: bool = False) -> Cgroup:
+def find_cgroup(
+    cgroups_path: str, container_id: str, *, systemd: bool = False, rootless: bool = False
+) -> Cgroup:
     """By the specification's path: one that is absolute begins at the top of the tree.
 
     A relative one, or the id where there is none, begins at the caller's own group; in version 2 beside it, since
     groups with processes of their own pass no controllers on. With `systemd` it is what names a unit.
     Raises SpecError, SetupFailed where systemd manages no groups.
     """
+    if rootless:
+        from oci_engine.cgroups.none import NoCgroup
+
+        return NoCgroup()
     with open("/proc/self/mountinfo") as file:
         mountinfo = file.read()
     with open("/proc/self/cgroup") as file:
@@ -50,6 +56,10 @@ def find_cgroup(cgroups_path: str, container_id: str, *, systemd: bool = False) 
 def known_cgroup(status: Status) -> Cgroup:
     """One that exists, by what was recorded of it."""
     paths = status.cgroup_paths
+    if not paths:
+        from oci_engine.cgroups.none import NoCgroup
+
+        return NoCgroup(status.pid)
     if status.unit:
         from oci_engine.cgroups.systemd import SystemdCgroup, Unit
 

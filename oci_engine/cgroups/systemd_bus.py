@@ -145,23 +145,45 @@ class Bus:
 def _connect() -> tuple[socket.socket, bool]:
     """A socket on which messages may be sent, and whether there is a bus at its other end, or systemd itself."""
     from jeepney.bus import parse_addresses
-    from jeepney.io.blocking import prep_socket
 
     problems = []
     given = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or _DEFAULT_BUS
     places = [_path_of(kind, words) for kind, words in parse_addresses(given)]
     for place, is_bus in (*((each, True) for each in places if each), (_PRIVATE, False)):
         try:
-            return prep_socket(place, timeout=_AUTH_TIMEOUT_S), is_bus
+            return _introduced(place), is_bus
         except OSError as err:
             problems.append(f"{place.replace(chr(0), '@')}: {err.strerror or err}")
-        except (
-            Exception
-        ) as err:  # the library has an error of its own for being refused, whose place has changed
-            problems.append(f"{place}: {err}")
     raise SetupFailed(
         f"--systemd-cgroup: systemd cannot be reached over D-Bus ({'; '.join(problems)}); is it this host's init?"
     )
+
+
+def _introduced(place: str) -> socket.socket:
+    """Connected, with the other end knowing who calls. Raises OSError.
+
+    All is said at once, as systemd's own programs do. A first message that comes in one packet with the end of the
+    introduction, as it may when there is an answer to wait for in between, systemd does not look at until a second one.
+    """
+    import socket
+
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(_AUTH_TIMEOUT_S)
+        connection.connect(place)
+        connection.sendall(b"\0AUTH EXTERNAL " + str(os.geteuid()).encode().hex().encode() + b"\r\nBEGIN\r\n")
+        said = b""
+        while not said.endswith(b"\r\n"):
+            data = connection.recv(_CHUNK)
+            if not data:
+                raise ConnectionResetError(104, "closed by the other end")
+            said += data
+        if not said.startswith(b"OK "):
+            raise PermissionError(13, f"refused: {said.decode(errors='replace').strip()}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _path_of(kind: str, words: dict[str, str]) -> str:

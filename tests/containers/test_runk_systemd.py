@@ -1,7 +1,7 @@
-"""`runk --systemd-cgroup` with a real systemd, which is the first process of namespaces of its own.
+"""`runk --systemd-cgroup` with a real systemd: the host's, or one that is the first process of namespaces of its own.
 
-It has a part of the host's tree of version 2. A host that has version 1 too has hardly a controller there, and then
-limits are not looked at.
+Such a one has a part of the host's tree of version 2. A host that has version 1 too has hardly a controller there, and
+then limits are not looked at.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support import host
-from tests.support.containers import spec
+from tests.support.containers import has_systemd, spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +33,7 @@ _TREE = next((path for path in (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cg
               if (path / "cgroup.procs").exists()), None)  # fmt: skip
 pytestmark = pytest.mark.skipif(
     not (_SYSTEMD.exists() and _TREE and shutil.which("nsenter")),
-    reason="needs systemd, nsenter, and version 2 of control groups",
+    reason="needs systemd, nsenter and a tree of version 2 of control groups",
 )
 #: Nothing of the host's own file system is changed: what is mounted is seen by systemd alone.
 _BEGIN = f"""
@@ -49,11 +50,46 @@ exec unshare --cgroup --mount --pid --net --uts --ipc --fork --kill-child --prop
 
 
 class Systemd:
-    """`pid` is the host's of the first process in the namespaces."""
+    """The host's, on a host where groups are its to give. `group` is the top of its tree."""
+
+    group = Path("/sys/fs/cgroup")
 
     def __init__(self, folder: Path, program: Path) -> None:
-        assert _TREE is not None
         self._runk = [str(program), "--root", str(folder / "state"), "--systemd-cgroup"]
+
+    def enter(self) -> list[str]:
+        """What a command begins with, to be one of its own."""
+        return []
+
+    def inside(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """What it says goes through a file: a container that it leaves running has its streams."""
+        with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
+            done = subprocess.run(
+                [*self.enter(), *words], check=False, stdin=subprocess.DEVNULL, stdout=said, stderr=complained,
+                timeout=60,
+            )  # fmt: skip
+            said.seek(0)
+            complained.seek(0)
+            return subprocess.CompletedProcess(done.args, done.returncode, said.read(), complained.read())
+
+    def runk(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+        return self.inside(*self._runk, *map(str, words))
+
+    def shown(self, unit: str, name: str) -> str:
+        done = self.inside("systemctl", "show", "--value", "--property", name, unit)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
+class OwnSystemd(Systemd):
+    """One in namespaces. `pid` is the host's of the first process in them."""
+
+    def __init__(self, folder: Path, program: Path) -> None:
+        super().__init__(folder, program)
+        assert _TREE is not None
         self.group = _TREE / f"kata-py-systemd-{secrets.token_hex(4)}"
         self.group.mkdir()
         units = folder / "units"
@@ -74,19 +110,8 @@ class Systemd:
             time.sleep(0.05)
             self.pid = next(iter(host.children(self._outer.pid)), 0)
 
-    def inside(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["nsenter", "--all", f"--target={self.pid}", *words], capture_output=True, text=True, check=False,
-            stdin=subprocess.DEVNULL, timeout=60,
-        )  # fmt: skip
-
-    def runk(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        return self.inside(*self._runk, *map(str, words))
-
-    def shown(self, unit: str, name: str) -> str:
-        done = self.inside("systemctl", "show", "--value", "--property", name, unit)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+    def enter(self) -> list[str]:
+        return ["nsenter", "--all", f"--target={self.pid}"]
 
     def stop(self) -> None:
         self._outer.kill()
@@ -107,7 +132,11 @@ def _remove(group: Path) -> None:
 
 @pytest.fixture(scope="module")
 def systemd(tmp_path_factory: pytest.TempPathFactory, program: Path) -> Iterator[Systemd]:
-    made = Systemd(tmp_path_factory.mktemp("systemd"), program)
+    folder = tmp_path_factory.mktemp("systemd")
+    if has_systemd():
+        yield Systemd(folder, program)
+        return
+    made = OwnSystemd(folder, program)
     try:
         made.wait_until_up()
         yield made

@@ -30,7 +30,6 @@ TEST_TIMEOUT_S = 300
 # What these are about lies between shim and guest, and containerd's version has no part in it.
 ONE_VERSION_MODULES = frozenset(
     {
-        "test_docker_shim",
         "test_execs",
         "test_failed_creates",
         "test_fault_matrix",

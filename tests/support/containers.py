@@ -123,6 +123,26 @@ def groups_named(container_id: str) -> list[Path]:
     return [path for path in (top / container_id, *top.glob(f"*/{container_id}")) if path.is_dir()]
 
 
+def has_systemd() -> bool:
+    """Whether this host's groups, of version 2 alone, are systemd's to give."""
+    return Path("/proc/1/comm").read_text() == "systemd\n" and Path("/sys/fs/cgroup/cgroup.procs").exists()
+
+
+#: Who makes groups for callers of runtimes here.
+MANAGERS = ("cgroupfs", "systemd") if has_systemd() else ("cgroupfs",)
+
+
+def groups_below(name: str) -> list[Path]:
+    """Groups of this name in every tree, with all below them; those above come first."""
+    return [path for top in groups_named(name) for path in sorted({top, *top.rglob("*/")}) if path.is_dir()]
+
+
+def written(groups: list[Path], *files: str) -> set[str]:
+    """What these files of the groups say, where they are."""
+    found = (group / file for group in groups for file in files)
+    return {path.read_text().strip() for path in found if path.exists()}
+
+
 def wait(pid: int) -> int:
     """Exit status of a child, as shells have it."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import busybox_image
 
 from tests.support import host
+from tests.support.containers import groups_below
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BUSYBOX = Path("/bin/busybox")
-_TREES = Path("/sys/fs/cgroup")
 IMAGE = "test/busybox"
 _START_S = 60.0
 
@@ -35,8 +35,11 @@ class Docker:
         *,
         path: str = "",
         environment: dict[str, str] | None = None,
+        manager: str = "cgroupfs",
     ) -> None:
-        self.name = f"kata-py-docker-{secrets.token_hex(4)}"
+        # A slice, if it is systemd's, in whose names dashes lead to other slices.
+        name = f"kpydocker{secrets.token_hex(4)}"
+        parent, self.name = (f"{name}.slice",) * 2 if manager == "systemd" else (f"/{name}", name)
         self._socket = folder / "docker.sock"
         self._log = folder / "dockerd.log"
         self.folder = folder
@@ -46,7 +49,7 @@ class Docker:
             "dockerd", "--config-file", str(folder / "daemon.json"), "--data-root", str(folder / "data"),
             "--exec-root", str(folder / "exec"), "--pidfile", str(folder / "pid"), "--host", f"unix://{self._socket}",
             "--bridge", "none", "--iptables=false", "--ip6tables=false", "--storage-driver", "vfs",
-            "--cgroup-parent", f"/{self.name}", *options,
+            "--cgroup-parent", parent, "--exec-opt", f"native.cgroupdriver={manager}", *options,
         ]  # fmt: skip
         with open(self._log, "w") as log:
             self.process = subprocess.Popen(
@@ -90,7 +93,7 @@ class Docker:
         self.ok("import", "-", IMAGE, data=busybox_image.root_layer(BUSYBOX, busybox_image.applets(BUSYBOX)))
 
     def groups(self) -> list[Path]:
-        return [path for path in _TREES.glob(f"*/{self.name}/**") if path.is_dir()]
+        return groups_below(self.name)
 
     def stop(self) -> list[str]:
         """Everything it has started ends. Returns what is left all the same."""

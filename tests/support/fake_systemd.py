@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+_BEGIN = b"BEGIN\r\n"
 _MANAGER = DBusAddress("/org/freedesktop/systemd1", interface="org.freedesktop.systemd1.Manager")
 _JOB = "/org/freedesktop/systemd1/job/7"
 _OTHER_JOB = "/org/freedesktop/systemd1/job/6"
@@ -64,15 +65,17 @@ class FakeSystemd:
 
     def _talk(self, connection: socket.socket) -> None:
         said = b""
-        while not said.endswith(b"BEGIN\r\n"):
+        while _BEGIN not in said:
             data = connection.recv(4096)
             if not data:
                 return
+            asked = said.count(b"\r\n")
             said += data
-            if data.endswith(b"\r\n") and b"AUTH EXTERNAL" in data:
+            if asked == 0 and b"\r\n" in said:
                 connection.sendall(b"OK 0123456789abcdef0123456789abcdef\r\n")
         parser = Parser()
-        while data := connection.recv(4096):
+        data = said.partition(_BEGIN)[2]  # the first message may have come with it
+        while True:
             parser.add_data(data)
             while (message := parser.get_next_message()) is not None:
                 for answer in self._answers(message):
@@ -80,6 +83,8 @@ class FakeSystemd:
                     connection.sendall(answer.serialise(serial=self._serial))
                 if message.header.fields[HeaderFields.member] in self.silent:
                     return
+            if not (data := connection.recv(4096)):
+                return
 
     def _answers(self, message: Message) -> list[Message]:
         assert message.header.message_type == MessageType.method_call

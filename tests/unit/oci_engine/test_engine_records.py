@@ -58,6 +58,26 @@ def test_json_that_is_none(text: str) -> None:
         json_text.loads(text)
 
 
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [("", "Expecting ':' delimiter"), ("sys.modules['json'] = None", "it has a mistake somewhere")],
+)
+def test_mistakes_where_the_python_half_is_not_loaded(before: str, said: str) -> None:
+    """As in a program that has just begun, and as in a guest."""
+    code = f"""
+import sys
+sys.path.append({str(ROOT)!r})
+from oci_engine import json_text
+{before}
+try:
+    json_text.loads('{{"a" 1}}')
+except ValueError as err:
+    print(err)
+"""
+    done = subprocess.run([sys.executable, "-ISc", code], capture_output=True, text=True, check=True)
+    assert said in done.stdout
+
+
 def test_what_is_not_json() -> None:
     with pytest.raises(TypeError, match="set cannot be told as JSON"):
         json_text.dumps({"a": {1}})

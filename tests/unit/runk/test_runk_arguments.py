@@ -67,7 +67,7 @@ def test_lines_that_are_refused(line: str, complaint: str, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("line", "name", "value"),
     [
-        ("state c1", "root", "/run/runk"), ("--root=/r state c1", "root", "/r"), ("list -fjson", "format", "json"),
+        ("state c1", "root", ""), ("--root=/r state c1", "root", "/r"), ("list -fjson", "format", "json"),
         ("run -db /b c1", "bundle", "/b"), ("run -db/b c1", "detach", True), ("run --detach=false c1", "detach", False),
         ("run c1 -d", "detach", True), ("kill c1", "signal", ""), ("kill c1 9 --all", "signal", "9"),
         ("exec -e A=b -e C=d c1 sh", "env", ["A=b", "C=d"]), ("exec -g 7 c1 sh", "additional_gids", [7]),
