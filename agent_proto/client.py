@@ -283,6 +283,10 @@ class AgentClient:
         """Connect to a TCP port of the guest's loopback."""
         return await self._extension(services.CONNECT_PORT, request, self._timeout_s)
 
+    async def mirror_network(self, request: kata_py_agent_pb2.MirrorNetworkRequest) -> Empty:
+        """Make the guest's addresses, routes, rules and neighbours the pod's. Our first agents answer UNIMPLEMENTED."""
+        return await self._extension(services.MIRROR_NETWORK, request, self._timeout_s)
+
     async def _agent(
         self, method: Method[Request, Response], request: Request, timeout_s: float | None
     ) -> Response:

@@ -138,6 +138,7 @@ LIMIT_PROCESSORS = Method("LimitProcessors", kata_py_agent_pb2.LimitProcessorsRe
 CONNECT_PORT = Method(
     "ConnectPort", kata_py_agent_pb2.ConnectPortRequest, kata_py_agent_pb2.ConnectPortResponse
 )
+MIRROR_NETWORK = Method("MirrorNetwork", kata_py_agent_pb2.MirrorNetworkRequest, Empty)
 
 EXTENSIONS = Service(
     "kata_py.agent.v1.Extensions",
@@ -153,6 +154,7 @@ EXTENSIONS = Service(
         NEXT_NAMES,
         ANSWER_NAME,
         LIMIT_PROCESSORS,
+        MIRROR_NETWORK,
     ),
 )
 

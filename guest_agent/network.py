@@ -12,13 +12,15 @@ from agent_proto.gen import agent_pb2, types_pb2
 from guest_agent.errors import InvalidRequest, NotFound
 from netlink.objects import (
     IFF_NOARP,
+    LINK_LOCAL,
     NUD_PERMANENT,
-    RTPROT_BOOT,
     Address,
     Link,
     Neighbour,
-    Route,
+    in_order_of_making,
+    usual_broadcast,
 )
+from netlink.routes import RT_TABLE_MAIN, RTAX_MTU, RTN_UNICAST, RTPROT_BOOT, Route, Way
 from netlink.rtnl import Rtnetlink
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ T = TypeVar("T", Address, Neighbour, Route)
 
 _NAME_BYTES = 15
 _FAMILIES = {types_pb2.v4: AF_INET, types_pb2.v6: AF_INET6}
-_LINK_LOCAL = "fe80:"
 
 
 def find(mac: str) -> Link | None:
@@ -40,6 +41,7 @@ def find(mac: str) -> Link | None:
 def update_interface(wanted: types_pb2.Interface) -> types_pb2.Interface:
     """Give the interface with that MAC address the name, MTU and addresses of the description, and those only.
 
+    An address that is there already keeps what else is said of it (`guest_agent.routing`).
     The link-local IPv6 address that the kernel itself made stays. Raises InvalidRequest, NotFound, OSError.
     """
     name = wanted.name
@@ -66,14 +68,15 @@ def interfaces() -> agent_pb2.Interfaces:
 
 
 def update_routes(wanted: Iterable[types_pb2.Route]) -> agent_pb2.Routes:
-    """Replace all routes but those that the kernel itself makes for addresses. Returns what there is then.
+    """Replace all routes of the main table but those that the kernel itself makes for addresses. Returns what there is
+    then.
 
     Raises InvalidRequest, NotFound, OSError.
     """
     with Rtnetlink() as rtnl:
         links = {link.name: link for link in rtnl.links()}
         routes = [_route(entry, links) for entry in wanted]
-        for old in rtnl.routes():
+        for old in _plain_routes(rtnl):
             if old.protocol == RTPROT_BOOT:
                 rtnl.delete_route(old)
         # A gateway has to be reachable before a route may lead there.
@@ -98,9 +101,14 @@ def current_routes() -> agent_pb2.Routes:
                     flags=route.flags,
                     mtu=route.mtu,
                 )
-                for route in rtnl.routes()
+                for route in _plain_routes(rtnl)
             ]
         )
+
+
+def _plain_routes(rtnl: Rtnetlink) -> list[Route]:
+    """Those that the protocol's messages know: of the main table, and leading somewhere."""
+    return [route for route in rtnl.routes() if route.table == RT_TABLE_MAIN and route.kind == RTN_UNICAST]
 
 
 def add_neighbours(wanted: Iterable[types_pb2.ARPNeighbor]) -> None:
@@ -131,17 +139,19 @@ def _rename(rtnl: Rtnetlink, link: Link, name: str, links: Sequence[Link]) -> No
 
 
 def _set_addresses(rtnl: Rtnetlink, ifindex: int, wanted: Sequence[Address]) -> None:
+    keys = {address.key for address in wanted}
     there = _addresses(rtnl, ifindex)
     surplus = [
-        address for address in there if address not in wanted and not address.address.startswith(_LINK_LOCAL)
+        address for address in there if address.key not in keys and not address.address.startswith(LINK_LOCAL)
     ]
     for address in surplus:
         rtnl.delete_address(address)
     if surplus:
         # With the first address of a network the kernel has removed the others of it.
         there = _addresses(rtnl, ifindex)
-    for address in wanted:
-        if address not in there:
+    here = {address.key for address in there}
+    for address in in_order_of_making(wanted):
+        if address.key not in here:
             _tell(rtnl.add_address, address, f"address {address.address}/{address.prefix}")
 
 
@@ -153,21 +163,22 @@ def _address(ifindex: int, entry: types_pb2.IPAddress) -> Address:
     family = _FAMILIES[entry.family]
     if not entry.mask.isdecimal() or int(entry.mask) > (32 if family == AF_INET else 128):
         raise InvalidRequest(f"address {entry.address}: {entry.mask!r} is no length of a prefix")
-    return Address(ifindex, family, entry.address, int(entry.mask))
+    prefix = int(entry.mask)
+    try:
+        broadcast = usual_broadcast(family, entry.address, prefix)
+    except OSError as err:
+        raise InvalidRequest(f"address {entry.address}/{prefix}: {err}") from err
+    return Address(ifindex, family, entry.address, prefix, broadcast=broadcast)
 
 
 def _route(entry: types_pb2.Route, links: dict[str, Link]) -> Route:
     return Route(
         family=_FAMILIES[entry.family],
         destination=entry.dest,
-        gateway=entry.gateway,
-        ifindex=_index(entry.device, links) if entry.device else 0,
+        ways=(Way(_index(entry.device, links) if entry.device else 0, entry.gateway, entry.flags),),
         source=entry.source,
         scope=entry.scope,
-        protocol=RTPROT_BOOT,
-        flags=entry.flags,
-        metric=0,
-        mtu=entry.mtu,
+        metrics=((RTAX_MTU, entry.mtu),) if entry.mtu else (),
     )
 
 

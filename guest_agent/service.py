@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from guest_agent.cmdline import Settings
     from guest_agent.log import Log
+    from guest_agent.routing import NetworkMirror
     from guest_agent.sandbox import Sandbox
     from guest_agent.uevent import Uevents
     from ttrpc import Call, Handler
@@ -49,6 +50,7 @@ class AgentService:
         self._uevents = uevents
         self._log = log
         self._tasks: set[asyncio.Task[None]] = set()
+        self._mirror: NetworkMirror | None = None
 
     def handlers(self) -> dict[str, Handler]:
         """By method name, for ttrpc. Every other method of the service answers UNIMPLEMENTED with its name."""
@@ -106,6 +108,7 @@ class AgentService:
             "CloseSocket": self.close_socket,
             "LimitProcessors": self.limit_processors,
             "ConnectPort": self.connect_port,
+            "MirrorNetwork": self.mirror_network,
         }
 
     async def _finish(self, work: Coroutine[object, object, None]) -> Empty:
@@ -506,6 +509,14 @@ class AgentService:
 
         token = await ports.connect(request.port, self._sandbox.handover)
         return kata_py_agent_pb2.ConnectPortResponse(token=token)
+
+    async def mirror_network(self, request: kata_py_agent_pb2.MirrorNetworkRequest, call: Call) -> Empty:
+        from guest_agent.routing import NetworkMirror
+
+        refuse_nul(request)
+        self._mirror = self._mirror or NetworkMirror()
+        self._mirror.update(request)
+        return Empty()
 
 
 def _check_signal(number: int) -> None:

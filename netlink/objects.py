@@ -8,36 +8,37 @@ from __future__ import annotations
 
 import struct
 from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from netlink.wire import attribute, attributes, number, text
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 # Flags of an interface, <linux/if.h>.
 IFF_UP, IFF_LOOPBACK, IFF_NOARP = 0x1, 0x8, 0x80
-# Who made a route, <linux/rtnetlink.h>: the kernel itself, for an interface's addresses.
-RTPROT_KERNEL, RTPROT_BOOT, RTPROT_RA = 2, 3, 9
-RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
-RTN_UNICAST = 1
-RT_TABLE_MAIN = 254
 NUD_PERMANENT = 0x80
-IFA_F_NODAD, IFA_F_PERMANENT = 0x02, 0x80
+#: What the IPv6 addresses begin with that a kernel gives its interfaces by itself.
+LINK_LOCAL = "fe80:"
+# Flags of an address, <linux/if_addr.h>.
+IFA_F_NODAD, IFA_F_HOMEADDRESS, IFA_F_DEPRECATED, IFA_F_PERMANENT = 0x02, 0x10, 0x20, 0x80
+IFA_F_NOPREFIXROUTE, IFA_F_MCAUTOJOIN = 0x200, 0x400
 
-# Structures at the head of the messages: ifinfomsg, ifaddrmsg, rtmsg and ndmsg of rtnetlink(7).
+# Structures at the head of the messages: ifinfomsg, ifaddrmsg and ndmsg of rtnetlink(7).
 IFINFO = struct.Struct("=BxHiII")
 IFADDR = struct.Struct("=BBBBI")
-ROUTE = struct.Struct("=BBBBBBBBI")
 NEIGHBOUR = struct.Struct("=BxxxiHBB")
-# One of a route's several ways, rtnexthop of <linux/rtnetlink.h>: length, flags, weight, interface.
-_WAY = struct.Struct("=HBBi")
+_LIFETIMES = struct.Struct("=IIII")  # ifa_cacheinfo: preferred, valid, and two times
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_LINKINFO = 1, 3, 4, 5, 18
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 # <linux/if_link.h>: the one macvtap that an interface then has gets all that comes, and has its MAC address.
 _IFLA_MACVLAN_MODE, _MACVLAN_MODE_PASSTHRU = 1, 8
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 4, 8
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_METRICS, _RTA_TABLE = 1, 4, 5, 6, 7, 8, 15
-_RTA_MULTIPATH = 9
-_RTAX_MTU = 2
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_LABEL, _IFA_BROADCAST = 1, 2, 3, 4
+_IFA_CACHEINFO, _IFA_FLAGS, _IFA_RT_PRIORITY = 6, 8, 9
+# Flags that somebody sets, and one that is a state which others see; the rest is between the kernel and itself.
+_TOLD_FLAGS = IFA_F_HOMEADDRESS | IFA_F_DEPRECATED | IFA_F_NOPREFIXROUTE | IFA_F_MCAUTOJOIN
+_FOREVER = 0xFFFFFFFF
 _NDA_DST, _NDA_LLADDR = 1, 2
 
 
@@ -68,93 +69,85 @@ class Link(NamedTuple):
 
 
 class Address(NamedTuple):
-    """One address of an interface. On a link between two points `peer` is the other one, else it is empty."""
+    """One address of an interface. On a link between two points `peer` is the other one, else it is empty.
+
+    How long it lives is not told: it is there, and preferred (without IFA_F_DEPRECATED), until the kernel says that it
+    is not. `metric` is that of the route to its network.
+    """
 
     ifindex: int
     family: int
     address: str
     prefix: int
     peer: str = ""
+    broadcast: str = ""
+    label: str = ""
+    scope: int = 0
+    flags: int = 0
+    metric: int = 0
+
+    @property
+    def key(self) -> tuple[int, int, str, int]:
+        """What makes it the same address, whatever its attributes are."""
+        return self.ifindex, self.family, self.address, self.prefix
 
     @classmethod
     def decode(cls, body: bytes) -> Address:
         """From an RTM_NEWADDR or RTM_DELADDR."""
-        family, prefix, _, _, ifindex = IFADDR.unpack_from(body)
+        family, prefix, flags, scope, ifindex = IFADDR.unpack_from(body)
         found = attributes(body[IFADDR.size :])
-        given = _text_of(family, found.get(_IFA_ADDRESS))
-        local = _text_of(family, found.get(_IFA_LOCAL)) or given
-        return cls(ifindex, family, local, prefix, given if given != local else "")
+        given = address_text(family, found.get(_IFA_ADDRESS))
+        local = address_text(family, found.get(_IFA_LOCAL)) or given
+        return cls(
+            ifindex,
+            family,
+            local,
+            prefix,
+            given if given != local else "",
+            address_text(family, found.get(_IFA_BROADCAST)),
+            text(found.get(_IFA_LABEL)),
+            scope,
+            number(found.get(_IFA_FLAGS), flags) & _TOLD_FLAGS,
+            number(found.get(_IFA_RT_PRIORITY)),
+        )
 
     def encode(self) -> bytes:
         """For RTM_NEWADDR and RTM_DELADDR. IPv6 addresses are used at once: that nobody else has them is known."""
         packed = inet_pton(self.family, self.address)
-        words = attribute(_IFA_LOCAL, packed) + attribute(_IFA_ADDRESS, packed)
+        other = inet_pton(self.family, self.peer) if self.peer else packed
+        words = attribute(_IFA_LOCAL, packed) + attribute(_IFA_ADDRESS, other)
+        flags = self.flags & ~IFA_F_DEPRECATED
         if self.family == AF_INET6:
-            words += attribute(_IFA_FLAGS, IFA_F_NODAD | IFA_F_PERMANENT)
-        elif self.prefix < 31:
-            host_bits = (1 << (32 - self.prefix)) - 1
-            words += attribute(_IFA_BROADCAST, struct.pack("!I", struct.unpack("!I", packed)[0] | host_bits))
-        return IFADDR.pack(self.family, self.prefix, 0, 0, self.ifindex) + words
-
-
-class Route(NamedTuple):
-    """One route of the main table. `ifindex` is its interface, 0 when it has none; of several ways it is the first."""
-
-    family: int
-    destination: str
-    gateway: str
-    ifindex: int
-    source: str
-    scope: int
-    protocol: int
-    flags: int
-    metric: int
-    mtu: int
-    table: int = RT_TABLE_MAIN
-    kind: int = RTN_UNICAST
-
-    @classmethod
-    def decode(cls, body: bytes) -> Route:
-        """From an RTM_NEWROUTE or RTM_DELROUTE."""
-        family, bits, _, _, table, protocol, scope, kind, flags = ROUTE.unpack_from(body)
-        found = attributes(body[ROUTE.size :])
-        destination = _text_of(family, found.get(_RTA_DST))
-        way, ifindex = found, number(found.get(_RTA_OIF))
-        if several := found.get(_RTA_MULTIPATH):
-            length, way_flags, _, ifindex = _WAY.unpack_from(several)
-            way, flags = attributes(several[_WAY.size : length]), flags | way_flags
-        return cls(
-            family,
-            f"{destination}/{bits}" if destination else "",
-            _text_of(family, way.get(_RTA_GATEWAY)),
-            ifindex,
-            _text_of(family, found.get(_RTA_PREFSRC)),
-            scope,
-            protocol,
-            flags,
-            number(found.get(_RTA_PRIORITY)),
-            number(attributes(found.get(_RTA_METRICS, b"")).get(_RTAX_MTU)),
-            number(found.get(_RTA_TABLE), table),
-            kind,
-        )
-
-    def encode(self) -> bytes:
-        """For RTM_NEWROUTE and RTM_DELROUTE. Raises ValueError, OSError for addresses that are none."""
-        address, _, bits = self.destination.partition("/")
-        words = attribute(_RTA_DST, inet_pton(self.family, address)) if address else b""
-        if self.gateway:
-            words += attribute(_RTA_GATEWAY, inet_pton(self.family, self.gateway))
-        if self.ifindex:
-            words += attribute(_RTA_OIF, self.ifindex)
-        if self.source:
-            words += attribute(_RTA_PREFSRC, inet_pton(self.family, self.source))
+            flags |= IFA_F_NODAD | IFA_F_PERMANENT
+        words += attribute(_IFA_FLAGS, flags)
+        if self.flags & IFA_F_DEPRECATED:
+            words += attribute(_IFA_CACHEINFO, _LIFETIMES.pack(0, _FOREVER, 0, 0))
+        if self.broadcast:
+            words += attribute(_IFA_BROADCAST, inet_pton(self.family, self.broadcast))
+        if self.label:
+            words += attribute(_IFA_LABEL, self.label)
         if self.metric:
-            words += attribute(_RTA_PRIORITY, self.metric)
-        if self.mtu:
-            words += attribute(_RTA_METRICS, attribute(_RTAX_MTU, self.mtu))
-        full = 32 if self.family == AF_INET else 128
-        head = (self.family, int(bits or full) if address else 0, 0, 0, RT_TABLE_MAIN)
-        return ROUTE.pack(*head, self.protocol, self.scope, self.kind, self.flags) + words
+            words += attribute(_IFA_RT_PRIORITY, self.metric)
+        return IFADDR.pack(self.family, self.prefix, 0, self.scope, self.ifindex) + words
+
+
+def in_order_of_making(addresses: Iterable[Address]) -> list[Address]:
+    """So that the kernel tells them in the given order, in which it chooses among them for packets of its own.
+
+    It puts a new IPv4 address behind the others, and a new IPv6 address before them.
+    """
+    order: list[Address] = []
+    for address in addresses:
+        order.insert(0 if address.family == AF_INET6 else len(order), address)
+    return order
+
+
+def usual_broadcast(family: int, address: str, prefix: int) -> str:
+    """The broadcast address of an IPv4 network; empty where there is none."""
+    if family != AF_INET or prefix > 30:
+        return ""
+    packed = struct.unpack("!I", inet_pton(AF_INET, address))[0] | ((1 << (32 - prefix)) - 1)
+    return inet_ntop(AF_INET, struct.pack("!I", packed))
 
 
 class Neighbour(NamedTuple):
@@ -172,7 +165,7 @@ class Neighbour(NamedTuple):
         """From an RTM_NEWNEIGH or RTM_DELNEIGH."""
         family, ifindex, state, flags, _ = NEIGHBOUR.unpack_from(body)
         found = attributes(body[NEIGHBOUR.size :])
-        address = _text_of(family, found.get(_NDA_DST))
+        address = address_text(family, found.get(_NDA_DST))
         return cls(ifindex, family, address, found.get(_NDA_LLADDR, b"").hex(":"), state, flags)
 
     def encode(self) -> bytes:
@@ -217,7 +210,27 @@ def mac_bytes(mac: str) -> bytes:
     return packed
 
 
-def _text_of(family: int, packed: bytes | None) -> str:
-    if not packed or len(packed) != (4 if family == AF_INET else 16):
+def network_of(family: int, address: str, prefix: int) -> str:
+    """The network that an address is in, as `address/prefix`."""
+    packed = inet_pton(family, address)
+    host_bits = full_prefix(family) - prefix
+    first = int.from_bytes(packed, "big") >> host_bits << host_bits
+    return f"{inet_ntop(family, first.to_bytes(len(packed), 'big'))}/{prefix}"
+
+
+def address_text(family: int, packed: bytes | None) -> str:
+    """An address as text; empty for none, or for what is none of that family."""
+    if not packed or len(packed) != full_prefix(family) // 8:
         return ""
     return inet_ntop(family, packed)
+
+
+def prefix_text(family: int, packed: bytes | None, bits: int) -> str:
+    """`address/prefix`, empty without an address."""
+    address = address_text(family, packed)
+    return f"{address}/{bits}" if address else ""
+
+
+def full_prefix(family: int) -> int:
+    """The bits of an address."""
+    return 32 if family == AF_INET else 128

@@ -12,7 +12,8 @@ import socket
 from typing import TYPE_CHECKING
 
 from netlink import objects, wire
-from netlink.objects import Address, Link, Neighbour, Route
+from netlink.objects import Address, Link, Neighbour
+from netlink.routes import ROUTE, Route, is_cached
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,9 +23,9 @@ _NETLINK_ROUTE = 0  # <linux/netlink.h>
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
-RTM_NEWNEIGH, RTM_GETNEIGH = 28, 30
-# Multicast groups: links, neighbours, IPv4 and IPv6 addresses and routes.
-CHANGES = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400
+RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+# Multicast groups: links, neighbours; addresses, routes and rules of IPv4, and of IPv6.
+CHANGES = 0x1 | 0x4 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x40000
 # A dump's messages are at most this long; <linux/netlink.h> says 8 KiB, large pages make it 32.
 _RECEIVE_BYTES = 32768
 _DUMP_ATTEMPTS = 5
@@ -58,15 +59,10 @@ class Rtnetlink:
         ]
 
     def routes(self) -> list[Route]:
-        """The main table's routes of IPv4 and IPv6, without those that lead nowhere or to this machine."""
-        found = [
-            Route.decode(body) for body in self.dump(RTM_GETROUTE, bytes(objects.ROUTE.size), RTM_NEWROUTE)
-        ]
-        return [
-            route
-            for route in found
-            if route.table == objects.RT_TABLE_MAIN and route.kind == objects.RTN_UNICAST
-        ]
+        """The routes of IPv4 and IPv6 in all tables, the kernel's own included."""
+        found = self.dump(RTM_GETROUTE, bytes(ROUTE.size), RTM_NEWROUTE)
+        routes = (Route.decode(body) for body in found if not is_cached(body))
+        return [route for route in routes if route.family in (socket.AF_INET, socket.AF_INET6)]
 
     def neighbours(self) -> list[Neighbour]:
         """All neighbours that have an address."""
@@ -108,6 +104,10 @@ class Rtnetlink:
         """Add a route, in place of one with the same destination and metric."""
         self.order(RTM_NEWROUTE, wire.NLM_F_CREATE | wire.NLM_F_REPLACE, route.encode())
 
+    def append_route(self, route: Route) -> None:
+        """Add a route beside those with the same destination and metric. One that is there already is EEXIST."""
+        self.order(RTM_NEWROUTE, wire.NLM_F_CREATE | wire.NLM_F_APPEND, route.encode())
+
     def delete_route(self, route: Route) -> None:
         """Remove a route."""
         self.order(RTM_DELROUTE, 0, route.encode())
@@ -115,6 +115,10 @@ class Rtnetlink:
     def add_neighbour(self, neighbour: Neighbour) -> None:
         """Add a neighbour, in place of one with the same address."""
         self.order(RTM_NEWNEIGH, wire.NLM_F_CREATE | wire.NLM_F_REPLACE, neighbour.encode())
+
+    def delete_neighbour(self, neighbour: Neighbour) -> None:
+        """Remove a neighbour."""
+        self.order(RTM_DELNEIGH, 0, neighbour.encode())
 
     def order(self, kind: int, flags: int, body: bytes) -> None:
         """Send an order and take the kernel's answer."""
@@ -159,7 +163,7 @@ class Rtnetlink:
 
 
 def changes() -> socket.socket:
-    """A socket that becomes readable when an interface, address, route or neighbour has changed.
+    """A socket that becomes readable when an interface, address, route, rule or neighbour has changed.
 
     Made in the current network namespace; does not block. What exactly has changed is better asked for: messages are
     lost when many come at once. `drain` empties it.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Message types and flags, <linux/netlink.h>.
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK = 1, 4
-NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
 NLM_F_DUMP = 0x300
 NLM_F_DUMP_INTR = 0x10
 # An attribute's type has flags in its two highest bits.

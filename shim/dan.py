@@ -15,7 +15,8 @@ import msgspec
 
 from hypervisor.spec import Nic
 from hypervisor.tap import NAME_BYTES
-from netlink.objects import NUD_PERMANENT, RTPROT_BOOT, Address, Link, Neighbour, Route, mac_bytes
+from netlink.objects import NUD_PERMANENT, Address, Link, Neighbour, mac_bytes
+from netlink.routes import ONLINK, RTAX_MTU, Route, Way
 from shim.errors import InvalidRequest
 from shim.interfaces import Interface, Snapshot
 
@@ -168,14 +169,10 @@ def _route(ifindex: int, route: DirectRoute) -> Route:
     return Route(
         family=_FAMILIES[given[0].version],
         destination=str(ip_interface(route.dest).network) if route.dest else "",
-        gateway=str(ip_address(route.gateway)) if route.gateway else "",
-        ifindex=ifindex,
+        ways=(Way(ifindex, str(ip_address(route.gateway)) if route.gateway else "", route.flags & ONLINK),),
         source=str(ip_address(route.source)) if route.source else "",
         scope=route.scope,
-        protocol=RTPROT_BOOT,
-        flags=route.flags,
-        metric=0,
-        mtu=route.mtu,
+        metrics=((RTAX_MTU, route.mtu),) if route.mtu else (),
     )
 
 

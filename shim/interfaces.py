@@ -9,31 +9,31 @@ from __future__ import annotations
 from socket import AF_INET, AF_INET6
 from typing import TYPE_CHECKING, NamedTuple
 
-from netlink.objects import (
-    IFF_LOOPBACK,
-    IFF_NOARP,
-    IFF_UP,
-    NUD_PERMANENT,
-    RT_SCOPE_LINK,
-    RT_SCOPE_UNIVERSE,
-    RTPROT_BOOT,
+from netlink import rules
+from netlink.objects import IFF_LOOPBACK, IFF_NOARP, IFF_UP, LINK_LOCAL, NUD_PERMANENT
+from netlink.routes import (
+    NOWHERE,
+    RT_TABLE_LOCAL,
+    RT_TABLE_MAIN,
+    RTN_LOCAL,
+    RTN_UNICAST,
     RTPROT_KERNEL,
     RTPROT_RA,
-    Route,
+    RTPROT_REDIRECT,
 )
 from shim.errors import NetworkNotMirrored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-    from agent_proto.gen import agent_pb2, types_pb2
+    from agent_proto.gen import types_pb2
     from netlink.objects import Address, Link, Neighbour
+    from netlink.routes import Route
     from netlink.rtnl import Rtnetlink
+    from netlink.rules import Rule
 
 #: What the names of our taps end with, as Kata's do.
 TAP_SUFFIX = "_kata"
-# The agent's messages know of a route's flags only RTNH_F_ONLINK, <linux/rtnetlink.h>; the others tell a state.
-_ONLINK = 4
 _ETHERNET_BYTES = 6
 #: What an interface has for a MAC address whose other end does not look at it: a netkit in its L3 mode.
 NO_MAC = "00:00:00:00:00:00"
@@ -67,19 +67,21 @@ class Interface(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """All that the guest shall have, at one moment."""
+    """All that the guest shall have, at one moment. `loopback` is the index of the interface to oneself."""
 
     interfaces: tuple[Interface, ...] = ()
     routes: tuple[Route, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
+    rules: tuple[Rule, ...] = rules.DEFAULT
+    loopback: int = 0
 
     def without(self, interface: Interface) -> Snapshot:
         """The rest, when an interface is not there."""
-        gone = interface.link.ifindex
-        return Snapshot(
-            tuple(other for other in self.interfaces if other.key != interface.key),
-            tuple(route for route in self.routes if route.ifindex != gone),
-            tuple(neighbour for neighbour in self.neighbours if neighbour.ifindex != gone),
+        gone = {interface.link.ifindex}
+        return self._replace(
+            interfaces=tuple(other for other in self.interfaces if other.key != interface.key),
+            routes=tuple(_leading(self.routes, lambda ifindex: ifindex not in gone)),
+            neighbours=tuple(neighbour for neighbour in self.neighbours if neighbour.ifindex not in gone),
         )
 
 
@@ -92,26 +94,29 @@ def scan(rtnl: Rtnetlink) -> Snapshot:
         NetworkNotMirrored: an interface that no Ethernet device can stand for.
         OSError: the kernel does not answer.
     """
-    addresses = rtnl.addresses()
+    addresses, links = rtnl.addresses(), rtnl.links()
     interfaces = tuple(
         Interface(link, tuple(address for address in addresses if address.ifindex == link.ifindex))
-        for link in map(_usable, rtnl.links())
+        for link in map(_usable, links)
         if link.flags & IFF_UP and not link.flags & IFF_LOOPBACK and not link.name.endswith(TAP_SUFFIX)
     )
     for interface in interfaces:
         _refuse_without_mac(interface.link)
     there = {interface.link.ifindex for interface in interfaces}
-    routes = (
-        route
-        for route in rtnl.routes()
-        if route.protocol not in (RTPROT_KERNEL, RTPROT_RA) and route.ifindex in there
-    )
+    loopback = next((link.ifindex for link in links if link.flags & IFF_LOOPBACK), 0)
+    routes = (route for route in rtnl.routes() if _is_the_pods(route))
     neighbours = (
         neighbour
         for neighbour in rtnl.neighbours()
         if neighbour.state & NUD_PERMANENT and neighbour.ifindex in there and neighbour.mac
     )
-    return Snapshot(interfaces, (*_to_peers(interfaces), *_best(routes)), tuple(neighbours))
+    return Snapshot(
+        interfaces,
+        tuple(_leading(routes, {*there, loopback}.__contains__)),
+        tuple(neighbours),
+        _rules(rtnl),
+        loopback,
+    )
 
 
 def _usable(link: Link) -> Link:
@@ -121,34 +126,33 @@ def _usable(link: Link) -> Link:
     return link
 
 
-def _to_peers(interfaces: Iterable[Interface]) -> Iterator[Route]:
-    """The kernel makes these for addresses with a peer, which the guest's addresses do not have."""
-    for interface in interfaces:
-        for address in interface.addresses:
-            if address.peer:
-                yield Route(
-                    family=address.family,
-                    destination=f"{address.peer}/{address.prefix}",
-                    gateway="",
-                    ifindex=address.ifindex,
-                    source="",
-                    scope=RT_SCOPE_LINK if address.family == AF_INET else RT_SCOPE_UNIVERSE,
-                    protocol=RTPROT_BOOT,
-                    flags=0,
-                    metric=0,
-                    mtu=0,
-                )
+def _is_the_pods(route: Route) -> bool:
+    """Not what every kernel makes by itself, of a machine's own addresses, and of what routers tell it."""
+    if route.protocol == RTPROT_KERNEL:
+        return (
+            route.kind == RTN_UNICAST
+            and route.table != RT_TABLE_LOCAL
+            and (route.table != RT_TABLE_MAIN or not route.destination.startswith(LINK_LOCAL))
+        )
+    return route.kind in (RTN_UNICAST, RTN_LOCAL, *NOWHERE) and route.protocol not in (
+        RTPROT_RA,
+        RTPROT_REDIRECT,
+    )
 
 
-def _best(routes: Iterable[Route]) -> Iterator[Route]:
-    """Of several routes to the same place the one with the lowest metric: the agent's messages have no metrics, and in
-    the guest the last one would be in the place of the others."""
-    best: dict[tuple[int, str], Route] = {}
+def _leading(routes: Iterable[Route], there: Callable[[int], bool]) -> Iterator[Route]:
+    """Routes with those of their ways whose interface is there; those that lead nowhere too."""
     for route in routes:
-        place = route.family, route.destination
-        if place not in best or route.metric < best[place].metric:
-            best[place] = route
-    return iter(best.values())
+        ways = tuple(way for way in route.ways if there(way.ifindex))
+        if ways or route.kind in NOWHERE:
+            yield route._replace(ways=ways)
+
+
+def _rules(rtnl: Rtnetlink) -> tuple[Rule, ...]:
+    """A family that the host's kernel does not have is for the guest as it always is."""
+    found = rules.rules(rtnl)
+    missing = {AF_INET, AF_INET6} - {rule.family for rule in found}
+    return (*found, *(rule for rule in rules.DEFAULT if rule.family in missing))
 
 
 def _refuse_without_mac(link: Link) -> None:
@@ -170,7 +174,7 @@ def interface_to_proto(interface: Interface) -> types_pb2.Interface:
         name=link.name,
         IPAddresses=[
             types_pb2.IPAddress(
-                family=_family(address.family), address=address.address, mask=str(address.prefix)
+                family=family_to_proto(address.family), address=address.address, mask=str(address.prefix)
             )
             for address in interface.addresses
         ],
@@ -181,52 +185,8 @@ def interface_to_proto(interface: Interface) -> types_pb2.Interface:
     )
 
 
-def routes_to_proto(snapshot: Snapshot) -> agent_pb2.Routes:
-    """The routes in the agent's words."""
-    from agent_proto.gen import agent_pb2, types_pb2
-
-    names = _names(snapshot.interfaces)
-    return agent_pb2.Routes(
-        Routes=[
-            types_pb2.Route(
-                dest=route.destination,
-                gateway=route.gateway,
-                device=names[route.ifindex],
-                source=route.source,
-                scope=route.scope,
-                family=_family(route.family),
-                flags=route.flags & _ONLINK,
-                mtu=route.mtu,
-            )
-            for route in snapshot.routes
-        ]
-    )
-
-
-def neighbours_to_proto(snapshot: Snapshot) -> agent_pb2.ARPNeighbors:
-    """The neighbours in the agent's words."""
-    from agent_proto.gen import agent_pb2, types_pb2
-
-    names = _names(snapshot.interfaces)
-    return agent_pb2.ARPNeighbors(
-        ARPNeighbors=[
-            types_pb2.ARPNeighbor(
-                toIPAddress=types_pb2.IPAddress(family=_family(neighbour.family), address=neighbour.address),
-                device=names[neighbour.ifindex],
-                lladdr=neighbour.mac,
-                state=neighbour.state,
-                flags=neighbour.flags,
-            )
-            for neighbour in snapshot.neighbours
-        ]
-    )
-
-
-def _names(interfaces: Iterable[Interface]) -> dict[int, str]:
-    return {interface.link.ifindex: interface.link.name for interface in interfaces}
-
-
-def _family(family: int) -> types_pb2.IPFamily.ValueType:
+def family_to_proto(family: int) -> types_pb2.IPFamily.ValueType:
+    """The agent's word for AF_INET or AF_INET6."""
     from agent_proto.gen import types_pb2
 
     return types_pb2.v6 if family == AF_INET6 else types_pb2.v4

@@ -24,7 +24,7 @@ from netlink.rtnl import Rtnetlink, changes, drain
 from shim import crossing
 from shim.background import Unbroken
 from shim.errors import NetworkNotMirrored
-from shim.interfaces import Snapshot, interface_to_proto, neighbours_to_proto, routes_to_proto, scan
+from shim.interfaces import Snapshot, scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from config.schema import Qemu
     from hypervisor.qemu.machine import Machine
     from shim.dan import DirectNetwork
+    from shim.guest_network import GuestNetwork
     from shim.interfaces import Interface
     from shim.pod import Pod
 
@@ -50,6 +51,8 @@ class PodNetwork:
 
     `remember` is told the indices of the pod's interfaces before something is put on them.
     """
+
+    _plain = False
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class PodNetwork:
         self._catching_up = Unbroken()
         self._joined: set[int] = set()
         self._leaving: dict[str, asyncio.Task[None]] = {}
-        self._told = Snapshot()
+        self._guest: GuestNetwork | None = None
         self._snapshot = Snapshot()
         with ExitStack() as undo:
             if mirrored:
@@ -94,22 +97,17 @@ class PodNetwork:
             self._join(interface)
 
     async def tell(self, agent: AgentClient) -> None:
-        """Describe to the guest what it has not been told yet. Raises RpcError."""
-        from agent_proto.gen import agent_pb2
+        """Describe to the guest what it has not been told yet.
 
-        snapshot, told = self._snapshot, self._told
-        for interface in snapshot.interfaces:
-            if interface not in told.interfaces:
-                request = agent_pb2.UpdateInterfaceRequest(interface=interface_to_proto(interface))
-                await agent.update_interface(request)
-        # With an interface that is set anew go its neighbours and routes.
-        changed = snapshot.interfaces != told.interfaces
-        if snapshot.neighbours and (changed or snapshot.neighbours != told.neighbours):
-            neighbours = neighbours_to_proto(snapshot)
-            await agent.add_arp_neighbors(agent_pb2.AddARPNeighborsRequest(neighbors=neighbours))
-        if changed or snapshot.routes != told.routes:
-            await agent.update_routes(agent_pb2.UpdateRoutesRequest(routes=routes_to_proto(snapshot)))
-        self._told = snapshot
+        Raises:
+            NetworkNotMirrored: a route or rule that is to keep packets away, of which the agent cannot be told.
+            RpcError: the agent refused.
+        """
+        if self._guest is None:
+            from shim.guest_network import GuestNetwork
+
+            self._guest = GuestNetwork(plain=self._plain)
+        await self._guest.tell(agent, self._snapshot)
 
     async def follow(self, agent: AgentClient, machine: Machine) -> None:
         """Bring to the guest whatever changes from now on, until cancelled. The log tells what cannot be brought."""
@@ -160,7 +158,7 @@ class PodNetwork:
             except OSError as err:
                 log.warning("interface_not_parted", ifindex=ifindex, error=str(err))
         self._joined.clear()
-        self._told = Snapshot()
+        self._guest = None
 
     def close(self) -> None:
         """Let go of the namespace. Harmless when repeated."""
@@ -180,7 +178,8 @@ class PodNetwork:
                 crossing.part(self._rtnl, interface.link.ifindex)  # it may be there, with another MAC address
                 self._joined.discard(interface.link.ifindex)
                 self._snapshot = self._snapshot.without(interface)
-                self._told = self._told.without(interface)
+                if self._guest is not None:
+                    self._guest.without(interface)
         there = {interface.key for interface in self._snapshot.interfaces}
         for interface in now.interfaces:
             if interface.key not in there:
@@ -255,6 +254,8 @@ class PodNetwork:
 
 class DirectPodNetwork(PodNetwork):
     """A network that is as a file describes it (`shim.dan`). Packets are moved by others; nothing changes."""
+
+    _plain = True  # the file has no more words than the agents' messages
 
     def __init__(self, netns: Path | None, settings: Qemu, described: DirectNetwork) -> None:
         from shim import dan

@@ -60,6 +60,7 @@ LATE = (
     "shim.disks",
     "shim.empty_dirs",
     "shim.ext4_images",
+    "shim.guest_network",
     "shim.guest_swap",
     "shim.host_sockets",
     "shim.kubelet",

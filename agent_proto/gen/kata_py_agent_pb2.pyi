@@ -436,3 +436,368 @@ class ConnectPortResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ConnectPortResponse: _TypeAlias = ConnectPortResponse  # noqa: Y015
+
+@_typing.final
+class MirrorNetworkRequest(_message.Message):
+    """Numbers without a word of explanation are the kernel's: <linux/rtnetlink.h>, <linux/if_addr.h>, <linux/fib_rules.h>,
+    <linux/neighbour.h>. A prefix is ADDRESS/BITS, and empty for everything.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERFACES_FIELD_NUMBER: _builtins.int
+    ROUTES_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    NEIGHBOURS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def interfaces(self) -> _containers.RepeatedCompositeFieldContainer[Global___MirroredInterface]: ...
+    @_builtins.property
+    def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___MirroredRoute]: ...
+    @_builtins.property
+    def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___MirroredRule]:
+        """all of them, those included that every kernel has"""
+
+    @_builtins.property
+    def neighbours(self) -> _containers.RepeatedCompositeFieldContainer[Global___MirroredNeighbour]: ...
+    def __init__(
+        self,
+        *,
+        interfaces: _abc.Iterable[Global___MirroredInterface] | None = ...,
+        routes: _abc.Iterable[Global___MirroredRoute] | None = ...,
+        rules: _abc.Iterable[Global___MirroredRule] | None = ...,
+        neighbours: _abc.Iterable[Global___MirroredNeighbour] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interfaces", b"interfaces", "neighbours", b"neighbours", "routes", b"routes", "rules", b"rules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MirrorNetworkRequest: _TypeAlias = MirrorNetworkRequest  # noqa: Y015
+
+@_typing.final
+class MirroredInterface(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedCompositeFieldContainer[Global___MirroredAddress]: ...
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        addresses: _abc.Iterable[Global___MirroredAddress] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "device", b"device"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MirroredInterface: _TypeAlias = MirroredInterface  # noqa: Y015
+
+@_typing.final
+class MirroredAddress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    BROADCAST_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    FLAGS_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    prefix: _builtins.int
+    """bits"""
+    peer: _builtins.str
+    broadcast: _builtins.str
+    label: _builtins.str
+    scope: _builtins.int
+    flags: _builtins.int
+    """IFA_F_..."""
+    metric: _builtins.int
+    """of the route to its network"""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        prefix: _builtins.int = ...,
+        peer: _builtins.str = ...,
+        broadcast: _builtins.str = ...,
+        label: _builtins.str = ...,
+        scope: _builtins.int = ...,
+        flags: _builtins.int = ...,
+        metric: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "broadcast", b"broadcast", "flags", b"flags", "label", b"label", "metric", b"metric", "peer", b"peer", "prefix", b"prefix", "scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MirroredAddress: _TypeAlias = MirroredAddress  # noqa: Y015
+
+@_typing.final
+class MirroredRoute(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    V6_FIELD_NUMBER: _builtins.int
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    TOS_FIELD_NUMBER: _builtins.int
+    TABLE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    PREFERENCE_FIELD_NUMBER: _builtins.int
+    WAYS_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    v6: _builtins.bool
+    destination: _builtins.str
+    origin: _builtins.str
+    """a prefix: only for packets from there"""
+    tos: _builtins.int
+    table: _builtins.int
+    kind: _builtins.int
+    """RTN_..."""
+    scope: _builtins.int
+    protocol: _builtins.int
+    """RTPROT_..."""
+    metric: _builtins.int
+    source: _builtins.str
+    """the address of own packets"""
+    preference: _builtins.int
+    """of IPv6 (RFC 4191)"""
+    @_builtins.property
+    def ways(self) -> _containers.RepeatedCompositeFieldContainer[Global___MirroredWay]:
+        """several share the packets; none for kinds that lead nowhere"""
+
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """RTAX_..."""
+
+    def __init__(
+        self,
+        *,
+        v6: _builtins.bool = ...,
+        destination: _builtins.str = ...,
+        origin: _builtins.str = ...,
+        tos: _builtins.int = ...,
+        table: _builtins.int = ...,
+        kind: _builtins.int = ...,
+        scope: _builtins.int = ...,
+        protocol: _builtins.int = ...,
+        metric: _builtins.int = ...,
+        source: _builtins.str = ...,
+        preference: _builtins.int = ...,
+        ways: _abc.Iterable[Global___MirroredWay] | None = ...,
+        metrics: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "kind", b"kind", "metric", b"metric", "metrics", b"metrics", "origin", b"origin", "preference", b"preference", "protocol", b"protocol", "scope", b"scope", "source", b"source", "table", b"table", "tos", b"tos", "v6", b"v6", "ways", b"ways"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MirroredRoute: _TypeAlias = MirroredRoute  # noqa: Y015
+
+@_typing.final
+class MirroredWay(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    GATEWAY_FIELD_NUMBER: _builtins.int
+    FLAGS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    gateway: _builtins.str
+    """empty when all is reached directly"""
+    flags: _builtins.int
+    """RTNH_F_ONLINK"""
+    weight: _builtins.int
+    """1 to 256"""
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        gateway: _builtins.str = ...,
+        flags: _builtins.int = ...,
+        weight: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "flags", b"flags", "gateway", b"gateway", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MirroredWay: _TypeAlias = MirroredWay  # noqa: Y015
+
+@_typing.final
+class MirroredRule(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    V6_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    TABLE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    INCOMING_FIELD_NUMBER: _builtins.int
+    OUTGOING_FIELD_NUMBER: _builtins.int
+    INVERT_FIELD_NUMBER: _builtins.int
+    TOS_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    GOTO_FIELD_NUMBER: _builtins.int
+    SUPPRESS_PREFIX_FIELD_NUMBER: _builtins.int
+    SUPPRESS_GROUP_FIELD_NUMBER: _builtins.int
+    IP_PROTOCOL_FIELD_NUMBER: _builtins.int
+    SOURCE_PORTS_FIELD_NUMBER: _builtins.int
+    DESTINATION_PORTS_FIELD_NUMBER: _builtins.int
+    USERS_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    v6: _builtins.bool
+    priority: _builtins.int
+    action: _builtins.int
+    """FR_ACT_..."""
+    table: _builtins.int
+    source: _builtins.str
+    """a prefix"""
+    destination: _builtins.str
+    incoming: _builtins.str
+    """interfaces, which need not be there"""
+    outgoing: _builtins.str
+    invert: _builtins.bool
+    tos: _builtins.int
+    mark: _builtins.int
+    mask: _builtins.int
+    goto: _builtins.int
+    """a priority"""
+    suppress_prefix: _builtins.int
+    suppress_group: _builtins.int
+    ip_protocol: _builtins.int
+    protocol: _builtins.int
+    """RTPROT_..."""
+    @_builtins.property
+    def source_ports(self) -> Global___MirroredRange: ...
+    @_builtins.property
+    def destination_ports(self) -> Global___MirroredRange: ...
+    @_builtins.property
+    def users(self) -> Global___MirroredRange: ...
+    def __init__(
+        self,
+        *,
+        v6: _builtins.bool = ...,
+        priority: _builtins.int = ...,
+        action: _builtins.int = ...,
+        table: _builtins.int = ...,
+        source: _builtins.str = ...,
+        destination: _builtins.str = ...,
+        incoming: _builtins.str = ...,
+        outgoing: _builtins.str = ...,
+        invert: _builtins.bool = ...,
+        tos: _builtins.int = ...,
+        mark: _builtins.int = ...,
+        mask: _builtins.int = ...,
+        goto: _builtins.int = ...,
+        suppress_prefix: _builtins.int | None = ...,
+        suppress_group: _builtins.int | None = ...,
+        ip_protocol: _builtins.int = ...,
+        source_ports: Global___MirroredRange | None = ...,
+        destination_ports: Global___MirroredRange | None = ...,
+        users: Global___MirroredRange | None = ...,
+        protocol: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_suppress_group", b"_suppress_group", "_suppress_prefix", b"_suppress_prefix", "destination_ports", b"destination_ports", "source_ports", b"source_ports", "suppress_group", b"suppress_group", "suppress_prefix", b"suppress_prefix", "users", b"users"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_suppress_group", b"_suppress_group", "_suppress_prefix", b"_suppress_prefix", "action", b"action", "destination", b"destination", "destination_ports", b"destination_ports", "goto", b"goto", "incoming", b"incoming", "invert", b"invert", "ip_protocol", b"ip_protocol", "mark", b"mark", "mask", b"mask", "outgoing", b"outgoing", "priority", b"priority", "protocol", b"protocol", "source", b"source", "source_ports", b"source_ports", "suppress_group", b"suppress_group", "suppress_prefix", b"suppress_prefix", "table", b"table", "tos", b"tos", "users", b"users", "v6", b"v6"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__suppress_group: _TypeAlias = _typing.Literal["suppress_group"]  # noqa: Y015
+    _WhichOneofArgType__suppress_group: _TypeAlias = _typing.Literal["_suppress_group", b"_suppress_group"]  # noqa: Y015
+    _WhichOneofReturnType__suppress_prefix: _TypeAlias = _typing.Literal["suppress_prefix"]  # noqa: Y015
+    _WhichOneofArgType__suppress_prefix: _TypeAlias = _typing.Literal["_suppress_prefix", b"_suppress_prefix"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__suppress_group) -> _WhichOneofReturnType__suppress_group | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__suppress_prefix) -> _WhichOneofReturnType__suppress_prefix | None: ...
+
+Global___MirroredRule: _TypeAlias = MirroredRule  # noqa: Y015
+
+@_typing.final
+class MirroredRange(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    last: _builtins.int
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "last", b"last"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MirroredRange: _TypeAlias = MirroredRange  # noqa: Y015
+
+@_typing.final
+class MirroredNeighbour(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    MAC_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    FLAGS_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    address: _builtins.str
+    mac: _builtins.str
+    state: _builtins.int
+    flags: _builtins.int
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        address: _builtins.str = ...,
+        mac: _builtins.str = ...,
+        state: _builtins.int = ...,
+        flags: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "flags", b"flags", "mac", b"mac", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MirroredNeighbour: _TypeAlias = MirroredNeighbour  # noqa: Y015

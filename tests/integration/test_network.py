@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import http.server
 import json
 import os
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support import host, vhost_user_server
+from tests.support import cni, host, vhost_user_server
 from tests.support.name_server import ADDRESS, NAME, answer_to, question, serving
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ class Namespace:
         ip(f"link add {outer} type veth peer name {inner} address {mac} netns {self.name}")
         ip(f"link set {outer} up")
         return outer
+
+    def received_bytes(self) -> int:
+        """What has come out of the namespace by its first cable."""
+        return int(Path(f"/sys/class/net/{self.cables[0]}/statistics/rx_bytes").read_text())
 
     def queues(self) -> list[str]:
         """The interfaces of the namespace whose incoming packets traffic control looks at."""
@@ -170,6 +175,8 @@ def test_the_network_that_a_pod_was_given(containerd: Containerd, wired: Namespa
     assert "mtu 1450" in seen
     for word in ("0a:58:0a:d6:00:02", f"{GUEST}/24", f"{GUEST6}/64", "UP"):
         assert word in seen
+    (line,) = [line for line in seen.splitlines() if GUEST6 in line]
+    assert "tentative" not in line  # usable from the first moment
     assert "127.0.0.1/8" in in_guest(containerd, container, "ip", "address", "show", "lo")
     routes = in_guest(containerd, container, "ip", "route")
     assert f"default via {HOST} dev eth0" in routes
@@ -268,6 +275,97 @@ def test_models_and_rates(containerd: Containerd, wired: Namespace, tmp_path: Pa
     assert wired.limits() == 0
 
 
+@dataclass(frozen=True)
+class Second:
+    """A network beside the first, by real CNI plugins. FAR is an address of this host that is in none of the networks:
+    what the guest sends there goes by a default route."""
+
+    chain: cni.Chain
+    bridge: str
+
+    GUEST, GATEWAY, GUEST6, FAR = "10.217.0.2", "10.217.0.1", "fd17::2", "198.18.17.1"
+
+    def received_bytes(self) -> int:
+        """What has come from the pod by this network."""
+        return int(Path(f"/sys/class/net/{self.bridge}/statistics/rx_bytes").read_text())
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Iterator[Second]:
+    bridge = f"kp{secrets.token_hex(3)}br"
+    chain = cni.second_network(bridge, bridge, tmp_path / "cni", ipv4="10.217.0.0/24", ipv6="fd17::/64")
+    ip(f"address add {Second.FAR}/32 dev lo")
+    yield Second(chain, bridge)
+    ip(f"address delete {Second.FAR}/32 dev lo")
+    subprocess.run(
+        ["ip", "link", "delete", bridge], check=False, capture_output=True
+    )  # if the plugin has made it
+
+
+def test_a_second_network_with_tables_of_its_own(
+    containerd: Containerd, wired: Namespace, second: Second, tmp_path: Path
+) -> None:
+    """What comes by the second interface is answered by it, and not by the first one's default route."""
+    second.chain.add(wired.path, "net1")
+    wired.ip("-6 route add prohibit fd99::/48")
+    wired.ip("route add 10.97.0.0/16 via 10.214.0.3 metric 7")
+    wired.ip("route add 10.96.0.0/16 nexthop via 10.214.0.3 weight 2 nexthop via 10.214.0.4")
+    page = os.urandom(1 << 20)
+    (tmp_path / "page").write_bytes(page)
+    mount = f"type=bind,src={tmp_path},dst=/www,options=rbind:ro"
+    container = containerd.start(
+        *("httpd", "-f", "-p", "8080", "-h", "/www"),
+        options=["--mount", mount, "--with-ns", f"network:{wired.path}"],
+    )
+
+    def seen(words: str) -> str:
+        return in_guest(containerd, container, "ip", *words.split())
+
+    assert f"from {Second.GUEST} lookup 100" in seen("rule")
+    assert f"from {Second.GUEST6} lookup 101" in seen("-6 rule")
+    assert f"default via {Second.GATEWAY} dev net1" in seen("route show table 100")
+    assert f"10.217.0.0/24 dev net1 scope link  src {Second.GUEST}" in seen("route show table 100")
+    # busybox shows tables of IPv6 only with all others.
+    assert "default via fd17::1 dev net1 table 101" in seen("-6 route show table all")
+    main = seen("-4 route show table main")
+    assert f"default via {HOST} dev eth0" in main
+    assert "net1" not in main  # the plugin has moved what the kernel made, also out of this table
+    assert "10.97.0.0/16 via 10.214.0.3 dev eth0  metric 7" in main
+    assert "10.96.0.0/16" in main
+    assert "fd99::/48" in seen("-6 route show table main")
+    refused = containerd.exec(container, "ping", "-c", "1", "-W", "1", "fd99::1")
+    assert "Permission denied" in refused.stderr
+
+    began, first = second.received_bytes(), wired.received_bytes()
+    connection = http.client.HTTPConnection(
+        Second.GUEST, 8080, SEEN_TIMEOUT_S, source_address=(Second.FAR, 0)
+    )
+    connection.request("GET", "/page")
+    assert connection.getresponse().read() == page
+    connection.close()
+    assert second.received_bytes() - began > len(page)
+    assert wired.received_bytes() - first < len(page) / 10
+
+    for change, condition in (
+        ("route replace default via 10.217.0.9 dev net1 table 100",
+         "ip route show table 100 | grep -q 10.217.0.9"),
+        ("rule add fwmark 7 lookup 102 priority 900", "ip rule | grep -q '^900:.*fwmark 0x7 lookup 102'"),
+        ("route add default via 10.214.0.5 table 102", "ip route show table 102 | grep -q 10.214.0.5"),
+        ("rule delete fwmark 7", "! ip rule | grep -q fwmark"),
+        ("route flush table 102", "! ip route show table 102 | grep -q ."),
+        ("-6 route delete prohibit fd99::/48", "! ip -6 route | grep -q fd99"),
+        ("neighbour delete 10.214.0.9 dev eth0", "! ip neigh | grep -q 02:00:00:00:00:09"),
+        ("address change 10.214.0.2/24 dev eth0 preferred_lft 0", "ip address show eth0 | grep -q deprecated"),
+    ):  # fmt: skip
+        wired.ip(change)
+        wait_for(containerd, container, condition)
+    second.chain.delete(wired.path, "net1")
+    wait_for(containerd, container, "! test -e /sys/class/net/net1")
+    wait_for(containerd, container, "! { ip rule; ip -6 rule; } | grep -q 'lookup 10[01]'")
+    assert not seen("route show table 100").strip()
+    containerd.remove(container)
+
+
 @pytest.mark.timeout(600)
 def test_interfaces_come_change_and_go(containerd: Containerd) -> None:
     """As with Docker and nerdctl: the namespace is empty at first, and found by the task's process."""
@@ -288,7 +386,11 @@ def test_interfaces_come_change_and_go(containerd: Containerd) -> None:
             there(f"address add {GUEST}/24 dev eth0")
             there("link set eth0 up")
             there(f"route add default via {HOST}")
+            there(f"route add 10.97.0.0/16 via {HOST} table 100")
+            there(f"rule add from {GUEST} lookup 100")
             wait_for(containerd, container, f"ip route | grep -q 'default via {HOST} dev eth0'")
+            wait_for(containerd, container, f"ip rule | grep -q 'from {GUEST} lookup 100'")
+            wait_for(containerd, container, "ip route show table 100 | grep -q 10.97.0.0/16")
             if number == 0:
                 assert mac in in_guest(containerd, container, "ip", "link", "show", "eth0")
                 in_guest(containerd, container, "ping", "-c", "1", "-W", "10", HOST)
@@ -302,9 +404,12 @@ def test_interfaces_come_change_and_go(containerd: Containerd) -> None:
                 wait_for(containerd, container, "! ip route | grep -q 10.98.0.0/16")
                 there(f"address delete {GUEST}/24 dev eth0")
                 wait_for(containerd, container, f"! ip address show eth0 | grep -q {GUEST}/24")
+            there(f"rule delete from {GUEST} lookup 100")
         finally:
             ip(f"link delete {outer}")
         wait_for(containerd, container, "! test -e /sys/class/net/eth0")
+        wait_for(containerd, container, "! ip rule | grep -q 'lookup 100'")
+        wait_for(containerd, container, "! ip route show table all | grep -v 'table local' | grep -q .")
     links = subprocess.run(
         ["nsenter", *inside.split(), "-br", "link"], check=True, capture_output=True, text=True
     )

@@ -154,7 +154,7 @@ class FakeAgent:
             "UpdateMirror": self._nothing, "RemoveMirror": self._nothing, "ListenSocket": self._nothing,
             "CloseSocket": self._nothing, "AcceptConnection": self._never,
             "NextNames": self._next_names, "AnswerName": self._nothing,
-            "LimitProcessors": self._nothing,
+            "LimitProcessors": self._nothing, "MirrorNetwork": self._nothing,
         }  # fmt: skip
 
     async def _next_names(

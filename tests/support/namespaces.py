@@ -5,12 +5,16 @@ outlives it.
 from __future__ import annotations
 
 import os
+import select
 import traceback
+from socket import AF_INET6
 from typing import TYPE_CHECKING
 
 import pytest
 
 from guest_agent import syscalls
+from netlink.routes import RTN_LOCAL
+from netlink.rtnl import Rtnetlink, changes, drain
 from shim import mounts
 
 if TYPE_CHECKING:
@@ -28,6 +32,17 @@ def in_mount_namespace(work: Callable[[], None]) -> None:
 def in_network_namespace(work: Callable[[], None]) -> None:
     """Run `work` in a forked child that has nothing but a loopback interface; likewise."""
     _in_child(lambda: syscalls.unshare(_CLONE_NEWNET), work)
+
+
+def until_addresses_serve() -> None:
+    """The kernel makes an IPv6 address's route to itself a moment after the address."""
+    with changes() as news, Rtnetlink() as rtnl:
+        while True:
+            drain(news)
+            here = {route.destination for route in rtnl.routes() if route.kind == RTN_LOCAL}
+            if all(f"{entry.address}/128" in here for entry in rtnl.addresses() if entry.family == AF_INET6):
+                return
+            assert select.select([news], [], [], 20)[0]
 
 
 def _in_child(enter: Callable[[], object], work: Callable[[], None]) -> None:

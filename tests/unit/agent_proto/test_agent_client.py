@@ -95,6 +95,7 @@ CALLS: dict[str, tuple[str, float | None]] = {
     "CloseSocket": ("close_socket", 7),
     "LimitProcessors": ("limit_processors", 7),
     "ConnectPort": ("connect_port", 7),
+    "MirrorNetwork": ("mirror_network", 7),
 }
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 import sys
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netlink import objects, wire
-from netlink.objects import Address, Link, Neighbour, Route
+from netlink import objects, routes, wire
+from netlink.objects import Address, Link, Neighbour
+from netlink.routes import Route, Way
+from netlink.rules import Rule
 
 AF_INET, AF_INET6 = 2, 10
 LITTLE = pytest.mark.skipif(sys.byteorder != "little", reason="the literal bytes are little-endian")
@@ -73,13 +77,30 @@ def test_errors() -> None:
         Address(3, AF_INET6, "fd00::1", 64),
         Neighbour(3, AF_INET, "10.1.2.4", "02:00:00:00:00:01", objects.NUD_PERMANENT, 0),
         Neighbour(3, AF_INET6, "fd00::2", "02:00:00:00:00:01", objects.NUD_PERMANENT, 0x80),
-        Route(AF_INET, "", "10.1.2.1", 3, "", 0, 3, 0, 0, 0),
-        Route(AF_INET, "10.9.0.0/16", "", 3, "10.1.2.3", 253, 3, 4, 100, 1400),
-        Route(AF_INET6, "fd09::/48", "fd00::1", 3, "fd00::3", 0, 3, 0, 1024, 0),
+        Address(3, AF_INET, "10.1.2.3", 24, broadcast="10.1.2.9", label="a0:web", scope=253, metric=9),
+        Address(3, AF_INET6, "fd00::1", 128, peer="fd00::2", flags=objects.IFA_F_NOPREFIXROUTE),
+        Route(AF_INET, "", (Way(3, "10.1.2.1"),)),
+        Route(AF_INET, "10.9.0.0/16", (Way(3, "", 4),), "10.1.2.3", 253, 3, 100, ((2, 1400), (8, 1360))),
+        Route(AF_INET6, "fd09::/48", (Way(3, "fd00::1"),), "fd00::3", metric=1024, origin="fd00::/64"),
+        Route(AF_INET, "10.9.0.0/16", (Way(3, "10.1.2.1", 4, 7), Way(4), Way(5, "fd00::1", 0, 256))),
+        Route(AF_INET, "10.9.0.0/16", (), kind=routes.RTN_PROHIBIT, table=70000, tos=4),
+        Rule(AF_INET, 0, table=254, source="10.1.0.0/24", destination="10.2.0.1/32", invert=True, tos=4),
+        Rule(AF_INET6, 7, 3, incoming="eth0", outgoing="net1", mark=1, mask=0xFF, protocol=4),
+        Rule(AF_INET, 7, 2, goto=9, suppress_prefix=0, suppress_group=0, ip_protocol=6, users=(0, 9)),
+        Rule(AF_INET, 7, 8, table=70000, source_ports=(1, 1), destination_ports=(1, 65535)),
     ],
 )
-def test_what_is_told_is_what_is_read(thing: Address | Neighbour | Route) -> None:
+def test_what_is_told_is_what_is_read(thing: Address | Neighbour | Route | Rule) -> None:
     assert type(thing).decode(thing.encode()) == thing
+
+
+@given(st.binary(max_size=200))
+@pytest.mark.parametrize("kind", [Address, Neighbour, Route, Rule])
+def test_any_message_of_the_kernels_is_read_or_refused(
+    kind: type[Address | Neighbour | Route | Rule], data: bytes
+) -> None:
+    with suppress(wire.BrokenMessage, struct.error):
+        kind.decode(data)
 
 
 def test_a_link_of_an_unknown_kind() -> None:

@@ -11,7 +11,8 @@ import pytest
 from hypervisor.spec import Nic
 from shim import dan
 from shim.errors import InvalidRequest
-from shim.interfaces import interface_to_proto, neighbours_to_proto, routes_to_proto
+from shim.interfaces import interface_to_proto
+from shim.routing import neighbours_to_proto, routes_to_proto
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 
 from netlink.objects import IFF_NOARP, IFF_UP, Link
 from netlink.rtnl import Rtnetlink
 from shim.errors import NetworkNotMirrored
-from shim.interfaces import NO_MAC, interface_to_proto, neighbours_to_proto, routes_to_proto, scan
+from shim.interfaces import NO_MAC, Snapshot, interface_to_proto, scan
+from shim.routing import (
+    beyond_words,
+    neighbours_to_proto,
+    nobodys,
+    refuse_half_told,
+    restrictions,
+    routes_to_proto,
+)
 from tests.support.namespaces import in_network_namespace
-
-if TYPE_CHECKING:
-    from shim.interfaces import Snapshot
 
 
 def setup(*orders: str) -> Snapshot:
@@ -101,10 +107,10 @@ class Told:
     def links(self) -> list[Link]:
         return self._links
 
-    def nothing(self) -> list[Any]:
+    def nothing(self, *asked: object) -> list[Any]:
         return []
 
-    addresses = routes = neighbours = nothing
+    addresses = routes = neighbours = dump = nothing
 
 
 @pytest.mark.parametrize("ifindex", [2, 0x7FFFFFFF])
@@ -174,5 +180,103 @@ def test_an_address_with_a_peer() -> None:
             ("fd05::9/128", "", 0),
             ("", "10.5.9.1", 0),
         ]
+
+    in_network_namespace(work)
+
+
+ETH0 = TWO[:4:2] + TWO[4:5]
+
+
+@pytest.mark.parametrize(
+    ("orders", "words"),
+    [
+        ([], []),
+        (["route add default via 10.1.0.1", "route add 10.9.0.0/16 via 10.1.0.9 mtu 1300"], []),
+        (["address add fd00::2/64 dev eth0 nodad", "-6 route add default via fd00::1"], []),
+        (["address add 10.1.0.3/24 dev eth0", "address add 10.3.0.1/32 dev eth0"], []),
+        (["rule add from 10.1.0.2 lookup 100"], ["rules"]),
+        (["-6 rule del priority 32766"], ["rules"]),
+        (["route add 10.9.0.0/16 via 10.1.0.1 table 100"], ["routing tables"]),
+        (["route add prohibit 10.9.0.0/16"], ["kinds of routes"]),
+        (["route add default via 10.1.0.1 metric 9"], ["metrics of routes"]),
+        (["route add default nexthop via 10.1.0.1 nexthop via 10.1.0.9"], ["routes with several ways"]),
+        (["route add default via 10.1.0.1 advmss 1200"], ["attributes of routes"]),
+        (["-4 route add default via inet6 fe80::1 dev eth0"], ["attributes of routes"]),
+        (["address add 10.3.0.1/24 dev eth0 label eth0:web"], ["attributes of addresses"]),
+        (["address add 10.3.0.1/24 dev eth0 brd 10.3.0.9"], ["attributes of addresses"]),
+        (["address add 10.3.0.1/24 dev eth0 scope link"], ["attributes of addresses"]),
+        (["address add 10.3.0.1/24 dev eth0 preferred_lft 0"], ["attributes of addresses"]),
+        (["address add 10.3.0.1/24 dev eth0 brd + noprefixroute"], ["attributes of addresses"]),
+        (["route delete 10.1.0.0/24"], ["networks without their route"]),
+        (
+            ["address add fd00::2/64 dev eth0 nodad", "-6 route delete fd00::/64"],
+            ["networks without their route"],
+        ),
+    ],
+)
+def test_what_the_agents_own_words_cannot_say(orders: list[str], words: list[str]) -> None:
+    def work() -> None:
+        assert beyond_words(setup(*ETH0, *orders), Snapshot()) == words
+
+    in_network_namespace(work)
+
+
+def test_a_neighbour_that_is_gone_cannot_be_said() -> None:
+    def work() -> None:
+        told = setup(*ETH0, "neighbour add 10.1.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent")
+        assert beyond_words(told, Snapshot()) == []
+        now = setup("neighbour delete 10.1.0.9 dev eth0")
+        assert beyond_words(now, told) == ["neighbours that are gone"]
+        (eth0,) = told.interfaces
+        assert beyond_words(now.without(eth0), told.without(eth0)) == []
+
+    in_network_namespace(work)
+
+
+def test_what_keeps_packets_away() -> None:
+    def work() -> None:
+        snapshot = setup(
+            *ETH0,
+            "route add default via 10.1.0.1",
+            "route add prohibit 10.8.0.0/16",
+            "-6 route add blackhole default",
+            "route add throw 10.9.0.0/16",
+            "rule add to 10.7.0.0/16 priority 9 unreachable",
+            "route add 10.6.0.0/16 dev eth0 realm 5",
+        )
+        assert restrictions(snapshot) == ["route to 10.8.0.0/16", "route to everywhere", "rule 9"]
+        assert nobodys(snapshot) == ["route to 10.6.0.0/16"]
+        # To an agent without words for them they are not there.
+        told = [route.dest for route in routes_to_proto(snapshot).Routes]
+        assert told == ["", "10.6.0.0/16"]
+
+    in_network_namespace(work)
+
+
+def test_a_rule_that_drops_and_cannot_be_told_is_refused() -> None:
+    def work() -> None:
+        refuse_half_told(setup("rule add to 10.7.0.0/16 prohibit", "rule add lookup main realm 5"))
+        with pytest.raises(NetworkNotMirrored, match=r"rule 9 of the pod, .* has conditions that no guest"):
+            refuse_half_told(setup("rule add to 10.7.0.0/16 priority 9 realm 5 prohibit"))
+
+    in_network_namespace(work)
+
+
+def test_routes_over_interfaces_that_are_not_the_pods() -> None:
+    def work() -> None:
+        snapshot = setup(
+            *TWO,
+            "link set eth1 down",
+            "link set eth1 up",
+            "route add default nexthop via 10.1.0.1 nexthop via 10.2.0.1",
+            "route add 10.9.0.0/16 via 10.2.0.1",
+        )
+        eth1 = next(interface for interface in snapshot.interfaces if interface.link.name == "eth1")
+        left = [
+            (route.destination, len(route.ways))
+            for route in snapshot.without(eth1).routes
+            if route.family == socket.AF_INET
+        ]
+        assert sorted(left) == [("", 1), ("10.1.0.0/24", 1)]
 
     in_network_namespace(work)

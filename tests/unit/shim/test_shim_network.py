@@ -30,6 +30,8 @@ from ttrpc import Code, RpcError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from agent_proto.gen import kata_py_agent_pb2
+
 OWN = "/proc/self/ns/net"
 
 
@@ -48,6 +50,8 @@ class Guest:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.mirrored: list[kata_py_agent_pb2.MirrorNetworkRequest] = []
+        self.extended = True
         self.refuse: Exception | None = None
         self._news = asyncio.Event()
 
@@ -75,6 +79,18 @@ class Guest:
     async def add_arp_neighbors(self, request: Any) -> None:
         entries = request.neighbors.ARPNeighbors
         self._note(f"neighbours {' '.join(entry.toIPAddress.address for entry in entries)}")
+
+    async def mirror_network(self, request: kata_py_agent_pb2.MirrorNetworkRequest) -> None:
+        if not self.extended:
+            self._note("not mirrored")
+            raise RpcError(Code.UNIMPLEMENTED, "no such service")
+        self.mirrored.append(request)
+        words = [
+            f"{rule.source or rule.destination} {rule.table}" for rule in request.rules if rule.table < 253
+        ]
+        routes = sorted(f"{route.destination or 'default'} {route.table}" for route in request.routes)
+        neighbours = [neighbour.address for neighbour in request.neighbours]
+        self._note("; ".join(map(" ".join, (["mirror", *words], routes, neighbours))))
 
     def _note(self, text: str) -> None:
         self.asked.append(text)
@@ -161,6 +177,88 @@ def test_changes_reach_the_guest() -> None:
         await asyncio.wait([following])
 
     with_network(work)
+
+
+# As the plugin sbr leaves an interface.
+SBR = (
+    "rule add from 10.1.0.2 lookup 100",
+    "route add 10.1.0.0/24 dev eth0 table 100",
+    "route add default via 10.1.0.1 table 100",
+)
+
+
+def test_what_the_agents_own_words_cannot_say() -> None:
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        following = asyncio.create_task(network.follow(guest, guest))
+        await network.tell(guest)
+        assert "eth0 mtu 1500 10.1.0.2" in guest.asked
+        tables = "10.1.0.0/24 100 10.1.0.0/24 254 default 100"
+        assert guest.asked[-1] == f"mirror 10.1.0.2/32 100; {tables}; "
+        assert not any(asked.startswith("routes") for asked in guest.asked)
+        ip("rule add to 10.8.0.0/16 lookup 101")
+        await guest.until(f"mirror 10.8.0.0/16 101 10.1.0.2/32 100; {tables}; ")
+        ip("neighbour add 10.1.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent")
+        await guest.until(f"mirror 10.8.0.0/16 101 10.1.0.2/32 100; {tables}; 10.1.0.9")
+        # That all is gone is told by the same words: the others know nothing of tables.
+        ip("neighbour delete 10.1.0.9 dev eth0")
+        ip("rule flush")
+        ip("rule add lookup main priority 32766")
+        ip("rule add lookup default priority 32767")
+        ip("route flush table 100")
+        await guest.until("mirror; 10.1.0.0/24 254; ")
+        following.cancel()
+        await asyncio.wait([following])
+        network.part()
+        guest.asked.clear()
+        await network.catch_up(guest, guest)
+        # What the next machine has is an ordinary network.
+        assert "routes" in guest.asked
+        assert not any(asked.startswith("mirror") for asked in guest.asked)
+
+    with_network(work, *ETH0[:4], *SBR)
+
+
+def test_an_agent_without_our_extension_is_told_what_it_has_words_for() -> None:
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        guest.extended = False
+        with capture_logs() as logs:
+            await network.tell(guest)
+            assert guest.asked[-2:] == ["not mirrored", "routes default"]
+            for order in ("rule add from 10.1.0.9 lookup 100", "route add 10.9.0.0/16 via 10.1.0.9"):
+                ip(order)
+                await network.catch_up(guest, guest)
+            assert guest.asked.count("not mirrored") == 1
+            assert guest.asked[-1] == "routes default 10.9.0.0/16"
+        (line,) = [line for line in logs if line["event"] == "network_partly_mirrored"]
+        assert line["not_brought"] == ["rules", "routing tables"]
+        assert "the guest's agent has no words for them" in line["reason"]
+
+    with_network(work, *ETH0, *SBR)
+
+
+def test_an_agent_without_our_extension_is_not_told_less_than_what_keeps_packets_away() -> None:
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        guest.extended = False
+        words = "cannot be told of route to 10.9.0.0/16, rule 7 of the pod, which is to keep packets away"
+        for _ in range(2):
+            with pytest.raises(NetworkNotMirrored, match=words):
+                await network.tell(guest)
+
+    with_network(
+        work, *ETH0, "route add prohibit 10.9.0.0/16", "rule add to 10.8.0.0/16 priority 7 blackhole"
+    )
+
+
+def test_what_nobody_can_say_is_named() -> None:
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        with capture_logs() as logs:
+            await network.tell(guest)
+            ip("link set eth0 mtu 1400")
+            await network.catch_up(guest, guest)
+        (line,) = [line for line in logs if line["event"] == "network_partly_mirrored"]
+        assert line["not_brought"] == ["route to 10.9.0.0/16"]
+
+    with_network(work, *ETH0, "route add 10.9.0.0/16 via 10.1.0.9 realm 7")
 
 
 def test_who_gives_up_waiting_leaves_no_half_of_an_interface() -> None:
