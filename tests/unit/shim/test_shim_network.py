@@ -22,8 +22,9 @@ from config.schema import Qemu
 from hypervisor.errors import HostUnsupported, HotplugRefused
 from hypervisor.qemu.nic import opened
 from hypervisor.spec import Nic
+from shim.dan import Device, DirectDevice, DirectInterface, DirectNetwork, DirectRoute, NetworkInfo
 from shim.errors import NetworkNotMirrored
-from shim.network import PodNetwork, forget
+from shim.network import DirectPodNetwork, PodNetwork, forget
 from tests.support.namespaces import in_network_namespace
 from ttrpc import Code, RpcError
 
@@ -247,6 +248,25 @@ def test_an_agent_without_our_extension_is_not_told_less_than_what_keeps_packets
     with_network(
         work, *ETH0, "route add prohibit 10.9.0.0/16", "rule add to 10.8.0.0/16 priority 7 blackhole"
     )
+
+
+def test_a_network_out_of_a_file_has_no_more_than_the_agents_own_words() -> None:
+    """Metrics of IPv6 routes, and the routes of networks, are not in the file; that they are missing means nothing."""
+    info = NetworkInfo(
+        interface=DirectInterface(ip_addresses=("10.1.0.2/24", "fd00::2/64")),
+        routes=(DirectRoute(gateway="10.1.0.1"), DirectRoute(dest="fd07::/48", gateway="fd00::1")),
+    )
+    device = Device(type="host-tap", tap_name="given")
+    described = DirectNetwork((DirectDevice("lan0", "0a:58:0a:d7:00:02", device, info),))
+
+    async def work() -> None:
+        guest: Any = Guest()
+        network = DirectPodNetwork(None, Qemu(), described)
+        await network.tell(guest)
+        assert guest.asked == ["lan0 mtu 1500 10.1.0.2 fd00::2", "routes default fd07::/48"]
+        network.close()
+
+    asyncio.run(work())
 
 
 def test_what_nobody_can_say_is_named() -> None:
