@@ -132,7 +132,8 @@ def test_what_a_killed_shim_leaves(containerd: Containerd, host_state: HostState
         assert folders < sandbox_entries(containerd)
         assert shims_socket.startswith(SOCKET_FOLDER)
         left = os.listdir(Path(SANDBOX_FOLDERS[0], container))
-        assert sorted(left) == ["config.json", "console.log", "qmp.sock", "record.json", "timings.json"]
+        files = ["config.json", "console.log", "qmp.sock", "record.json", "shim-monitor.sock", "timings.json"]
+        assert sorted(left) == files
         # Those of the root file system and of the shared directory were the shim's alone.
         assert mounts(containerd) == host_state.mounts
     finally:
