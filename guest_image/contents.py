@@ -128,8 +128,12 @@ class Contents:
     def python(self, modules: ModuleSet, python_name: str) -> None:
         """Bytecode without sources: one bundle, and beside it what the interpreter needs before it can read it."""
         base = f"/usr/lib/{python_name}"
-        index: dict[str, tuple[int, int, bool] | str] = {}
+        index: dict[str | int, tuple[int, int, bool] | tuple[int, int] | str | int] = {}
         blob = bytearray()
+        for number, group in enumerate(modules.groups):
+            index[number] = (len(blob), len(group.code))
+            index.update(dict.fromkeys(group.names, number))
+            blob += group.code
         for module in modules.bytecode:
             self._taken(module.source)
             if module.name in EARLY_MODULES:
@@ -137,8 +141,9 @@ class Contents:
                 # Flags and source stamp are zero: nothing is checked against a source when there is none.
                 self.add(_part(module.name), f"{base}/{path}", modules.magic + bytes(12) + module.code)
                 continue
-            index[module.name] = (len(blob), len(module.code), module.is_package)
-            blob += module.code
+            if module.name not in index:
+                index[module.name] = (len(blob), len(module.code), module.is_package)
+                blob += module.code
             part = _part(module.name)
             self.parts[part] = self.parts.get(part, 0) + len(module.code)
         for extension in modules.extensions:

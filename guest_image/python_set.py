@@ -27,6 +27,13 @@ _HERE = Path(__file__).parent
 INSIDE = _HERE / "inside"
 """Modules that exist in the guest only: the importer, and replacements for large modules of others."""
 IMPORTER = "bundle"
+#: What the agent imports together, in this order: before it listens, before it answers, for the first container.
+GROUPS = (
+    ("guest_agent.__main__", "guest_agent.init", "guest_agent.modules"),
+    ("guest_agent.log", "guest_agent.server"),
+    ("oci_engine.container", "oci_engine.making", "oci_engine.options", "oci_engine.cgroups.v2",
+     "oci_engine.cgroups.device_program", "oci_engine.cgroups.device_rules"),
+)  # fmt: skip
 #: Found in the file system, because the interpreter needs them before the importer is in place.
 EARLY_MODULES = frozenset({"encodings", IMPORTER})
 
@@ -50,10 +57,19 @@ class Extension:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Modules that are imported together, `code` being what `marshal` reads."""
+
+    names: tuple[str, ...]
+    code: bytes
+
+
+@dataclass(frozen=True)
 class ModuleSet:
     bytecode: tuple[Bytecode, ...]
     extensions: tuple[Extension, ...]
     magic: bytes
+    groups: tuple[Group, ...] = ()
 
 
 class GuestPython:
@@ -93,10 +109,11 @@ class GuestPython:
 
         Raises ToolFailed with the import error when an entry needs something that is not there.
         """
-        request = "\n".join([str(INSIDE), IMPORTER, *entries])
+        request = "\n".join([str(INSIDE), IMPORTER, *map(" ".join, GROUPS), *entries])
         answer = self._run([_HERE / "collect.py"], request, path)
-        modules = answer["modules"]
+        modules, groups = answer["modules"], answer["groups"]
         assert isinstance(modules, list)
+        assert isinstance(groups, list)
         bytecode = [
             Bytecode(
                 module["name"], Path(module["origin"]), module["package"], base64.b64decode(module["code"])
@@ -107,7 +124,12 @@ class GuestPython:
         extensions = [
             Extension(module["name"], Path(module["origin"])) for module in modules if module["code"] is None
         ]
-        return ModuleSet(tuple(bytecode), tuple(extensions), base64.b64decode(str(answer["magic"])))
+        return ModuleSet(
+            tuple(bytecode),
+            tuple(extensions),
+            base64.b64decode(str(answer["magic"])),
+            tuple(Group(tuple(group["names"]), base64.b64decode(group["code"])) for group in groups),
+        )
 
 
 def modules_of(package: str, directory: Path) -> list[str]:

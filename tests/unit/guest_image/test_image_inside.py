@@ -12,14 +12,14 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import pytest
 
 from guest_image.contents import BUNDLE, Contents
 from guest_image.cpio import Tree
-from guest_image.python_set import AGENT_PACKAGES, INSIDE, Bytecode, ModuleSet, modules_of
+from guest_image.python_set import AGENT_PACKAGES, GROUPS, INSIDE, Bytecode, Group, ModuleSet, modules_of
 from guest_image.tools import Root
 
 REPOSITORY = Path(__file__).parents[3]
@@ -92,34 +92,109 @@ def test_nothing_but_the_allowed_packages_is_imported(collected: list[dict[str, 
 # The importer
 
 
-def test_modules_come_out_of_the_bundle(tmp_path: Path) -> None:
-    def code(source: str) -> bytes:
-        import marshal
+PACKAGE = {
+    "pack": "from pack.part import value",
+    "pack.part": "from pack import other\nvalue = other.value + 1\nseen = __package__",
+    "pack.other": "value = 41\nimport pack.circle",
+    # Goes back to whoever imports it.
+    "pack.circle": "from pack.other import value",
+    "pack.late": "from . import part\nvalue = part.value",
+}
 
-        return marshal.dumps(compile(source, "x", "exec"))
 
+def run_from_bundle(folder: Path, groups: list[list[str]], program: str) -> list[str]:
+    """What a program prints that finds PACKAGE in a bundle, with these groups."""
+    import marshal
+
+    def code(name: str) -> CodeType:
+        return compile(PACKAGE[name], "x", "exec")
+
+    source = (INSIDE / "bundle.py").read_text()
+    early = Bytecode("bundle", INSIDE / "bundle.py", False, marshal.dumps(compile(source, "x", "exec")))
+    modules = [Bytecode(name, Path(__file__), name == "pack", marshal.dumps(code(name))) for name in PACKAGE]
+    together = tuple(
+        Group(tuple(names), marshal.dumps([(name, name == "pack", code(name)) for name in names]))
+        for names in groups
+    )
+    contents = Contents(Tree(), Root(folder, "amd64", {}))
     magic = importlib.util.MAGIC_NUMBER
-    early = Bytecode("bundle", INSIDE / "bundle.py", False, code((INSIDE / "bundle.py").read_text()))
-    modules = [
-        early,
-        Bytecode("pack", Path(__file__), True, code("from pack.part import value")),
-        Bytecode("pack.part", Path(__file__), False, code("value = 42")),
-    ]
-    contents = Contents(Tree(), Root(tmp_path, "amd64", {}))
-    contents.python(ModuleSet(tuple(modules), (), magic), "python3.x")
+    contents.python(ModuleSet((early, *modules), (), magic, together), "python3.x")
     files = dict(contents.tree)
     assert stat.S_ISREG(files["usr/lib/python3.x/os.pyc"].mode)
-    (tmp_path / "bundle.pyc").write_bytes(files["usr/lib/python3.x/bundle.pyc"].data)
-    (tmp_path / "modules").write_bytes(files[BUNDLE.lstrip("/")].data)
+    (folder / "bundle.pyc").write_bytes(files["usr/lib/python3.x/bundle.pyc"].data)
+    (folder / "modules").write_bytes(files[BUNDLE.lstrip("/")].data)
     script = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        f"import bundle; bundle.install({str(tmp_path / 'modules')!r})\n"
+        f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+        f"import bundle; bundle.install({str(folder / 'modules')!r})\n{program}"
+    )
+    done = subprocess.run([sys.executable, "-IS", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+#: As their imports end when `pack` is imported.
+IN_ORDER = ["pack.part", "pack"]
+
+
+@pytest.mark.parametrize("groups", [[], [IN_ORDER], [["pack.part"], ["pack"]]])
+def test_modules_come_out_of_the_bundle(tmp_path: Path, groups: list[list[str]]) -> None:
+    program = (
         "import pack; print(pack.value, pack.__path__, sys.path)\n"
+        "import pack.part as part; print(pack.part is part is sys.modules['pack.part'], part.seen)\n"
+        "print('pack.late' in sys.modules)\n"
+        "from pack.late import value; print(value, pack.late.__name__)\n"
         "try: import nothing\n"
         "except ModuleNotFoundError: print('not there')"
     )
-    done = subprocess.run([sys.executable, "-IS", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["42 [] []", "not there"]
+    said = run_from_bundle(tmp_path, groups, program)
+    assert said == ["42 [] []", "True pack", "False", "42 pack.late", "not there"]
+
+
+def test_a_group_by_any_of_its_modules(tmp_path: Path) -> None:
+    program = (
+        "import pack.part; print(pack.part.value, pack.value)\n"
+        "from pack import other; print(pack.circle is sys.modules['pack.circle'], pack.other is other)"
+    )
+    said = run_from_bundle(tmp_path, [IN_ORDER], program)
+    assert said == ["42 42", "True True"]
+
+
+def test_modules_that_import_each_other_are_in_no_group(tmp_path: Path) -> None:
+    folder = tmp_path / "pack"
+    folder.mkdir()
+    for name, source in PACKAGE.items():
+        (folder / f"{name.partition('.')[2] or '__init__'}.py").write_text(source)
+    done = subprocess.run(
+        [sys.executable, "-S", "-P", "-s", str(REPOSITORY / "guest_image" / "collect.py")],
+        input=f"{tmp_path / 'none'}\npack pack.late\npack.circle",
+        env={"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert [group["names"] for group in json.loads(done.stdout)["groups"]] == [
+        ["pack.part", "pack", "pack.late"]
+    ]
+
+
+def test_groups_are_what_is_imported_together() -> None:
+    """Of this tree: nothing is in two groups, and a group has all that its modules need and no group before it has."""
+    site = Path(importlib.import_module("google.protobuf").__path__[0]).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-S", "-P", "-s", str(REPOSITORY / "guest_image" / "collect.py")],
+        input="\n".join([str(INSIDE), "bundle", *map(" ".join, GROUPS)]),
+        env={"PYTHONPATH": f"{REPOSITORY}:{site}", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    answer = json.loads(done.stdout)
+    groups = [group["names"] for group in answer["groups"]]
+    assert len(groups) == len(GROUPS)
+    for wanted, got in zip(GROUPS, groups, strict=True):
+        assert set(wanted) <= set(got)
+    together = [name for group in groups for name in group]
+    assert len(together) == len(set(together))
+    early = {"bundle", "encodings"}
+    assert set(together) == {module["name"] for module in answer["modules"] if module["code"]} - early
+    assert "asyncio" in groups[1]
+    assert "guest_agent.network" not in together
 
 
 def test_bytecode_is_what_this_interpreter_reads(collected: list[dict[str, Any]]) -> None:
