@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -416,17 +417,50 @@ def test_fork_from_a_process_with_threads_and_an_event_loop(containers: Containe
     assert woken == []
 
 
-def test_many_in_a_row_do_not_grow(containers: Containers) -> None:
-    document = spec("true")
-    containers.run(document)
-    threads = threading.active_count()
-    files = len(os.listdir("/proc/self/fd"))
-    mounts = len(Path("/proc/self/mountinfo").read_text().splitlines())
-    for _ in range(20):
-        assert containers.run(spec("true")) == (0, "")
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == files
-    assert len(Path("/proc/self/mountinfo").read_text().splitlines()) == mounts
+@pytest.mark.timeout(180)
+def test_five_hundred_one_after_the_other_leave_nothing(containers: Containers) -> None:
+    """As a node that lives long has them: with one more process, and with a failure now and then."""
+
+    def one(number: int) -> None:
+        if number % 10 == 9:
+            with pytest.raises(CannotExecute):
+                containers.create(spec("no-such"))
+        elif number % 10 == 4:
+            container_id, pid = containers.running()
+            assert containers.exec(container_id, "sh", "-c", "exit 5") == (5, "")
+            containers.engine.delete(container_id, force=True)
+            assert wait(pid) == 137
+        else:
+            assert containers.run(spec("true")) == (0, "")
+
+    for number in range(50):
+        one(number)
+    before = _own_figures(containers)
+    memory = _resident_kib()
+    for number in range(500):
+        one(number)
+    assert _own_figures(containers) == before
+    # If the records were kept, each would be 40 KiB.
+    assert _resident_kib() - memory < 2048
+
+
+def _own_figures(containers: Containers) -> dict[str, int]:
+    """What must not grow in a process that makes containers, by what it is."""
+    return {
+        "threads": threading.active_count(),
+        "open files": len(os.listdir("/proc/self/fd")),
+        "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
+        "children": len(host.children(os.getpid())),
+        "states": len(containers.engine.ids()),
+        "control groups": sum(1 for _ in Path("/sys/fs/cgroup").glob(f"*/{containers.name}*")),
+        "files of the engine": len(os.listdir(containers.folder / "state")),
+    }
+
+
+def _resident_kib() -> int:
+    gc.collect()
+    words = Path("/proc/self/status").read_text().split()
+    return int(words[words.index("VmRSS:") + 1])
 
 
 def test_a_caller_that_dies_while_it_creates_leaves_no_process(containers: Containers) -> None:
