@@ -118,6 +118,7 @@ async def hand_out(request: agent_pb2.CreateContainerRequest, finder: Finder) ->
     devices. Raises as `find` does, and InvalidRequest for a disk without a path in the container.
     """
     others = []
+    numbers: dict[tuple[int, int], tuple[int, int]] = {}
     for device in request.devices:
         if device.type not in DRIVERS:
             others.append(device)
@@ -127,12 +128,15 @@ async def hand_out(request: agent_pb2.CreateContainerRequest, finder: Finder) ->
                 f"{device.type} disk {device.id}: {device.container_path!r} is not an absolute path"
             )
         path = device.vm_path or await finder.find(device.type, device.id)
-        _name_in(request.OCI, device.container_path, path)
+        hosts, guests = _name_in(request.OCI, device.container_path, path)
+        numbers[hosts] = guests
+    _renumber(request.OCI.Linux.Resources, numbers)
     del request.devices[:]
     request.devices.extend(others)
 
 
-def _name_in(spec: oci_pb2.Spec, container_path: str, path: str) -> None:
+def _name_in(spec: oci_pb2.Spec, container_path: str, path: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns the host's numbers and the guest's."""
     info = os.stat(path)
     if not stat.S_ISBLK(info.st_mode):
         raise InvalidRequest(f"{path} for {container_path} is not a block device")
@@ -142,9 +146,21 @@ def _name_in(spec: oci_pb2.Spec, container_path: str, path: str) -> None:
         entry = linux.Devices.add(Path=container_path, FileMode=0o660)
     hosts = (entry.Major, entry.Minor)
     entry.Type, entry.Major, entry.Minor = "b", os.major(info.st_rdev), os.minor(info.st_rdev)
-    for rule in linux.Resources.Devices:
-        if rule.Type == "b" and (rule.Major, rule.Minor) == hosts:
-            rule.Major, rule.Minor = entry.Major, entry.Minor
+    return hosts, (entry.Major, entry.Minor)
+
+
+def _renumber(resources: oci_pb2.LinuxResources, numbers: dict[tuple[int, int], tuple[int, int]]) -> None:
+    """What is said of the host's disks, as of the guest's. All at once: a number may be both one's and the other's."""
+    for rule in resources.Devices:
+        if rule.Type == "b":
+            rule.Major, rule.Minor = numbers.get((rule.Major, rule.Minor), (rule.Major, rule.Minor))
+    if resources.HasField("BlockIO"):
+        io = resources.BlockIO
+        for limits in (
+            io.ThrottleReadBpsDevice, io.ThrottleWriteBpsDevice, io.ThrottleReadIOPSDevice, io.ThrottleWriteIOPSDevice,
+        ):  # fmt: skip
+            for limit in limits:
+                limit.Major, limit.Minor = numbers.get((limit.Major, limit.Minor), (limit.Major, limit.Minor))
 
 
 def _is_address(driver: str, address: str) -> bool:

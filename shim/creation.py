@@ -152,6 +152,7 @@ class Creation:
             container_type="pod_container" if around.in_pod else _container_type(self._bundle),
             bundle=str(self._bundle.path),
             keep_seccomp=not boot.config.runtime.disable_guest_seccomp,
+            disks={(device.Major, device.Minor) for device in needs.devices},
         )
         if spec.Linux.HasField("Seccomp"):
             architecture.fit_seccomp(spec.Linux.Seccomp, boot.config.hypervisor.machine_type)

@@ -41,6 +41,10 @@ SWAP_IN_BYTES = "io.katacontainers.container.resource.swap_in_bytes"
 _REFUSED_ANNOTATIONS = {
     "sgx.intel.com/epc": "guests have no SGX memory",
 }
+_THROTTLES = (
+    "ThrottleReadBpsDevice", "ThrottleWriteBpsDevice", "ThrottleReadIOPSDevice", "ThrottleWriteIOPSDevice",
+)  # fmt: skip
+_NOTIFY = "SCMP_ACT_NOTIFY"
 # Containers' names in annotations, of containerd and of CRI-O.
 _NAMES = ("io.kubernetes.cri.container-name", "io.kubernetes.cri-o.ContainerName")
 # Volumes that a kubelet changes while containers use them. Its directory may be anywhere (--root-dir); what is below a
@@ -73,15 +77,35 @@ def resources_to_proto(raw: dict[str, Any], where: str) -> oci_pb2.LinuxResource
     return message
 
 
-def drop_host_resources(resources: oci_pb2.LinuxResources) -> None:
-    """Device numbers, I/O weights and net classes name the host's devices; CPUs and memory nodes are the host's too."""
+def drop_host_resources(
+    resources: oci_pb2.LinuxResources, disks: Collection[tuple[int, int]] = frozenset()
+) -> None:
+    """Device numbers, I/O weights and net classes name the host's devices; CPUs and memory nodes are the host's too.
+
+    `disks` are the numbers of those of the host's block devices that the guest gets, and finds its own numbers for.
+    """
     privileged = allows_every_device(resources)
-    for field in ("Devices", "BlockIO", "Network"):
+    _keep_throttles(resources, disks)
+    for field in ("Devices", "Network"):
         resources.ClearField(field)
     if privileged:
         resources.Devices.add(Allow=True, Type="a", Access="rwm")
     if resources.HasField("CPU"):  # else naming it would make it, with limits of 0
         resources.CPU.Cpus = resources.CPU.Mems = ""
+
+
+def _keep_throttles(resources: oci_pb2.LinuxResources, disks: Collection[tuple[int, int]]) -> None:
+    """Leave the limits of block I/O that are about the guest's disks."""
+    given = resources.BlockIO
+    kept = oci_pb2.LinuxBlockIO()
+    for name in _THROTTLES:
+        limits = getattr(given, name)
+        getattr(kept, name).extend(limit for limit in limits if (limit.Major, limit.Minor) in disks)
+    if resources.HasField("BlockIO") and kept != given:
+        log.info("limits_of_block_io_left_out", asked=given.ByteSize(), kept=kept.ByteSize())
+    resources.ClearField("BlockIO")
+    if kept.ByteSize():
+        resources.BlockIO.CopyFrom(kept)
 
 
 def allows_every_device(resources: oci_pb2.LinuxResources) -> bool:
@@ -138,9 +162,18 @@ def shared_mounts(spec: oci_pb2.Spec, configured: Iterable[SharedMount]) -> list
 
 
 def edit_for_guest(
-    spec: oci_pb2.Spec, *, rootfs: str, container_type: str, bundle: str, keep_seccomp: bool
+    spec: oci_pb2.Spec,
+    *,
+    rootfs: str,
+    container_type: str,
+    bundle: str,
+    keep_seccomp: bool,
+    disks: Collection[tuple[int, int]] = frozenset(),
 ) -> bool:
-    """Make a spec fit for the guest; returns whether the container joins the sandbox's PID namespace."""
+    """Make a spec fit for the guest; returns whether the container joins the sandbox's PID namespace.
+
+    `disks` as in `drop_host_resources`.
+    """
     spec.Root.Path = rootfs
     hooks = oci_pb2.Hooks(StartContainer=spec.Hooks.StartContainer)
     spec.ClearField("Hooks")
@@ -153,6 +186,11 @@ def edit_for_guest(
     linux = spec.Linux
     if not keep_seccomp:
         linux.ClearField("Seccomp")
+    if any(rule.Action == _NOTIFY for rule in linux.Seccomp.Syscalls):
+        raise InvalidRequest(
+            f"linux.seccomp: {_NOTIFY}: the program that would be asked is on the host, where no guest reaches it; use "
+            "a profile without it"
+        )
     joins_pidns = any(ns.Type == "pid" and ns.Path for ns in linux.Namespaces)
     kept = [
         oci_pb2.LinuxNamespace(Type=ns.Type) for ns in linux.Namespaces if ns.Type not in _HOST_NAMESPACES
@@ -161,7 +199,7 @@ def edit_for_guest(
         kept.append(oci_pb2.LinuxNamespace(Type=_CGROUP_NAMESPACE))
     del linux.Namespaces[:]
     linux.Namespaces.extend(kept)
-    drop_host_resources(linux.Resources)
+    drop_host_resources(linux.Resources, disks)
     if allows_every_device(linux.Resources) and linux.Devices:
         # All of the host's. The agent gives such a container the guest's instead.
         log.info("host_devices_left_out", devices=len(linux.Devices))

@@ -155,8 +155,11 @@ async def test_a_container_has_the_disk_itself(guest: Guest, disks: dict[str, Di
         address = await disks["blk"].plug(monitor, Disk(id="raw"), fd)
         hidden = await disks["blk"].plug(monitor, Disk(id="other"), other_fd)
     await seen(guest, hidden)
-    spec = specification(("sh", "-c", "echo written | dd of=/dev/xda conv=fsync 2>/dev/null; ls -l /dev/xda"))
+    show = "ls -l /dev/xda; cat /sys/fs/cgroup/io.max; stat -c '%t %T' /dev/xda"
+    spec = specification(("sh", "-c", f"echo written | dd of=/dev/xda conv=fsync 2>/dev/null; {show}"))
+    spec.Mounts.add(destination="/sys/fs/cgroup", type="cgroup", source="cgroup", options=["ro"])
     spec.Linux.Devices.add(Path="/dev/xda", Type="b", Major=7, Minor=99, FileMode=0o600)
+    spec.Linux.Resources.BlockIO.ThrottleWriteBpsDevice.add(Major=7, Minor=99, Rate=1 << 20)
     device = pb.Device(id=address.address, type=address.driver, container_path="/dev/xda")
     container_id = guest.new_id()
     await guest.agent.create_container(
@@ -166,6 +169,9 @@ async def test_a_container_has_the_disk_itself(guest: Guest, disks: dict[str, Di
     text = (await guest.output(container_id)).decode()
     assert text.startswith("brw-------"), text
     assert "7,  99" not in text
+    *_, limits, numbers = text.splitlines()
+    major, minor = (int(number, 16) for number in numbers.split())
+    assert limits.split() == [f"{major}:{minor}", "rbps=max", f"wbps={1 << 20}", "riops=max", "wiops=max"]
     await guest.wait(container_id)
     await guest.remove(container_id)
     for name in ("raw", "other"):

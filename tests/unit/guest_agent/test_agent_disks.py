@@ -171,6 +171,9 @@ async def test_a_specification_gets_the_guests_numbers(
     linux.Devices.add(Path="/dev/xda", Type="b", Major=7, Minor=4, FileMode=0o640, UID=3)
     linux.Resources.Devices.add(Allow=True, Type="b", Major=7, Minor=4, Access="rw")
     linux.Resources.Devices.add(Allow=True, Type="c", Major=7, Minor=4, Access="rw")
+    io = linux.Resources.BlockIO
+    io.ThrottleReadBpsDevice.add(Major=7, Minor=4, Rate=5)
+    io.ThrottleWriteIOPSDevice.add(Major=8, Minor=4, Rate=6)
     await disks.hand_out(request, found)
     assert [device.type for device in request.devices] == ["vfio-pci"]
     assert list(linux.Devices) == [
@@ -180,6 +183,11 @@ async def test_a_specification_gets_the_guests_numbers(
     ]
     rules = [(rule.Type, rule.Major, rule.Minor) for rule in linux.Resources.Devices]
     assert rules == [("b", 254, 16), ("c", 7, 4)]
+    limits = [
+        (each.Major, each.Minor, each.Rate)
+        for each in (*io.ThrottleReadBpsDevice, *io.ThrottleWriteIOPSDevice)
+    ]
+    assert limits == [(254, 16, 5), (8, 4, 6)]
 
 
 @pytest.mark.parametrize(
@@ -244,3 +252,28 @@ def test_what_cannot_be_swapped_to_is_named(tmp_path: Path) -> None:
         InvalidRequest, match=f"^the guest cannot swap to {image}: .*; see that it is a disk prepared"
     ):
         disks.swap_on(str(image))
+
+
+async def test_numbers_that_are_of_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's second disk has the number that the guest gives the first one."""
+    found, _ = finder(tmp_path)
+    guests = {"/dev/vda": os.makedev(254, 16), "/dev/vdb": os.makedev(254, 32)}
+    fields = (stat.S_IFBLK | 0o600, *[0] * 9)
+    real = os.stat
+
+    def answer(path: Any, **kwargs: Any) -> Any:
+        return os.stat_result(fields, {"st_rdev": guests[path]}) if path in guests else real(path, **kwargs)
+
+    monkeypatch.setattr(os, "stat", answer)
+    request = pb.CreateContainerRequest()
+    linux = request.OCI.Linux
+    for path, container_path, numbers in (
+        ("/dev/vda", "/dev/xda", (7, 4)),
+        ("/dev/vdb", "/dev/xdb", (254, 16)),
+    ):
+        request.devices.add(vm_path=path, type="blk", container_path=container_path)
+        linux.Devices.add(Path=container_path, Type="b", Major=numbers[0], Minor=numbers[1])
+        linux.Resources.BlockIO.ThrottleReadBpsDevice.add(Major=numbers[0], Minor=numbers[1], Rate=numbers[0])
+    await disks.hand_out(request, found)
+    limits = [(each.Minor, each.Rate) for each in linux.Resources.BlockIO.ThrottleReadBpsDevice]
+    assert limits == [(16, 7), (32, 254)]

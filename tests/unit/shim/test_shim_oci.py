@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from google.protobuf.json_format import MessageToDict
 
+from agent_proto.gen import oci_pb2
 from config.schema import SharedMount
 from shim import mounts, oci
 from shim.errors import InvalidRequest
@@ -15,8 +16,6 @@ from tests.support.namespaces import in_mount_namespace
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from agent_proto.gen import oci_pb2
 
 UNLIMITED = (1 << 64) - 1
 
@@ -400,3 +399,34 @@ def test_empty_dirs_of_huge_pages_are_the_guests(tmp_path: Path) -> None:
         assert oci.huge_pages_storage("/dev/hugepages", str(tmp_path), spec) is None
 
     in_mount_namespace(inside)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_filters_that_ask_the_host_are_refused_where_filters_are_kept(kept: bool) -> None:
+    spec = oci_pb2.Spec()
+    spec.Linux.Seccomp.Syscalls.add(Names=["mkdir"], Action="SCMP_ACT_NOTIFY")
+    given: dict[str, Any] = {"rootfs": "/r", "container_type": "t", "bundle": "/b", "keep_seccomp": kept}
+    if kept:
+        with pytest.raises(
+            InvalidRequest, match="SCMP_ACT_NOTIFY: the program that would be asked is on the host"
+        ):
+            oci.edit_for_guest(spec, **given)
+    else:
+        oci.edit_for_guest(spec, **given)
+        assert not spec.Linux.HasField("Seccomp")
+
+
+def test_limits_of_block_io_are_kept_for_the_guests_disks() -> None:
+    """Weights and other disks are the host's, and a group that is left empty is not there."""
+    io = oci_pb2.LinuxBlockIO(Weight=100)
+    io.WeightDevice.add(Major=8, Minor=0, Weight=10)
+    for minor in (0, 16):
+        io.ThrottleReadBpsDevice.add(Major=8, Minor=minor, Rate=5)
+    io.ThrottleWriteIOPSDevice.add(Major=9, Minor=0, Rate=6)
+    resources = oci_pb2.LinuxResources(BlockIO=io)
+    oci.drop_host_resources(resources, {(8, 16)})
+    wanted = oci_pb2.LinuxBlockIO()
+    wanted.ThrottleReadBpsDevice.add(Major=8, Minor=16, Rate=5)
+    assert resources.BlockIO == wanted
+    oci.drop_host_resources(resources)
+    assert not resources.HasField("BlockIO")
