@@ -68,8 +68,12 @@ class Engine:
         if self._loaded is None:
             from oci_engine.container import Engine
 
-            self._loaded = Engine(self._state_dir, self._wait)
+            self._loaded = Engine(self._state_dir, self._wait, self._warn)
         return self._loaded
+
+    def _warn(self, text: str) -> None:
+        """Called in the engine's threads."""
+        self._loop.call_soon_threadsafe(lambda: self._log.warning("specification", problem=text))
 
     async def create(self, container_id: str, bundle: str, *, terminal: bool, pipe_size: int) -> Started:
         """Make the container of a bundle; its process waits for `start`. Raises EngineFailed, InvalidRequest."""

@@ -31,6 +31,7 @@ NEIGHBOUR = struct.Struct("=BxxxiHBB")
 _LIFETIMES = struct.Struct("=IIII")  # ifa_cacheinfo: preferred, valid, and two times
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_LINKINFO = 1, 3, 4, 5, 18
+_IFLA_NET_NS_FD = 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 # <linux/if_link.h>: the one macvtap that an interface then has gets all that comes, and has its MAC address.
 _IFLA_MACVLAN_MODE, _MACVLAN_MODE_PASSTHRU = 1, 8
@@ -186,6 +187,12 @@ def link_request(
     if mtu:
         words += attribute(_IFLA_MTU, mtu)
     return IFINFO.pack(0, 0, ifindex, flags, change) + words
+
+
+def move_link_request(ifindex: int, name: str, namespace: int) -> bytes:
+    """The body of an RTM_NEWLINK that moves an interface to an open network namespace, under a name."""
+    words = attribute(_IFLA_NET_NS_FD, namespace) + attribute(_IFLA_IFNAME, name)
+    return IFINFO.pack(0, 0, ifindex, 0, 0) + words
 
 
 def new_link_request(name: str, kind: str) -> bytes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from netlink import objects, wire
 from netlink.objects import Address, Link, Neighbour
-from netlink.routes import ROUTE, Route, is_cached
+from netlink.routes import ROUTE, RT_SCOPE_UNIVERSE, Route, is_cached
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,6 +58,15 @@ class Rtnetlink:
             Address.decode(body) for body in self.dump(RTM_GETADDR, bytes(objects.IFADDR.size), RTM_NEWADDR)
         ]
 
+    def lasting_addresses(self) -> list[Address]:
+        """Those of everywhere that somebody has given an interface for good, not those that it made up for itself."""
+        found = []
+        for body in self.dump(RTM_GETADDR, bytes(objects.IFADDR.size), RTM_NEWADDR):
+            _, _, flags, scope, _ = objects.IFADDR.unpack_from(body)
+            if flags & objects.IFA_F_PERMANENT and scope == RT_SCOPE_UNIVERSE:
+                found.append(Address.decode(body))
+        return found
+
     def routes(self) -> list[Route]:
         """The routes of IPv4 and IPv6 in all tables, the kernel's own included."""
         found = self.dump(RTM_GETROUTE, bytes(ROUTE.size), RTM_NEWROUTE)
@@ -77,6 +86,10 @@ class Rtnetlink:
     ) -> None:
         """Change an interface's name, MTU in bytes, whether it is up, whether it asks for MAC addresses."""
         self.order(RTM_NEWLINK, 0, objects.link_request(ifindex, name=name, mtu=mtu, up=up, arp=arp))
+
+    def move_link(self, ifindex: int, name: str, namespace: int) -> None:
+        """Move an interface to an open network namespace, where it has this name, is down and has no addresses."""
+        self.order(RTM_NEWLINK, 0, objects.move_link_request(ifindex, name, namespace))
 
     def add_link(self, name: str, kind: str) -> None:
         """Make an interface of a kind that needs no settings, such as `ifb`."""

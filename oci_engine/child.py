@@ -17,7 +17,7 @@ import struct
 from oci_engine import channel, hooks, identity, linux
 from oci_engine.c_modules import signal
 from oci_engine.console import open_terminal, show_as_console, take_terminal
-from oci_engine.errors import CannotExecute, EngineError
+from oci_engine.errors import CannotExecute, EngineError, HookFailed
 from oci_engine.mounts import new_filesystem
 from oci_engine.rootfs import Rootfs, root_directory
 from oci_engine.steps import reason, step
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn
 
-    from oci_engine.plan import Plan, ProcessPlan
+    from oci_engine.plan import Plan
 
 _FAILED = 1
+#: Bytes that a FIFO takes at once, whoever reads them (PIPE_BUF).
+_START_TEXT = 4096
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 
@@ -148,7 +150,7 @@ def _take_namespaces(plan: Plan) -> NoReturn:
 
 def _become(plan: Plan) -> NoReturn:
     os.setsid()
-    if plan.root is not None:
+    if plan.start_fifo >= 0:
         _become_container(plan)
     else:
         _become_exec(plan)
@@ -176,7 +178,6 @@ def _join(joined: tuple[tuple[int, int], ...]) -> None:
 
 
 def _become_container(plan: Plan) -> NoReturn:
-    assert plan.root is not None
     process, namespaces = plan.process, plan.namespaces
     if process.keyring:
         with step("session keyring"):
@@ -185,8 +186,9 @@ def _become_container(plan: Plan) -> NoReturn:
         with step("loopback interface"):
             _raise_loopback()
     proc = _own_proc() if namespaces.sysctl or process.apparmor_profile or process.selinux_label else -1
-    rootfs = Rootfs(plan.root)
-    rootfs.mount()
+    rootfs = Rootfs(plan.root) if plan.root else None
+    if rootfs:
+        rootfs.mount()
     if plan.wait_for_hooks:
         channel.send(plan.channel, event="mounted")
         channel.receive(plan.channel)
@@ -198,11 +200,14 @@ def _become_container(plan: Plan) -> NoReturn:
     if namespaces.domainname:
         with step("domainname"):
             linux.setdomainname(namespaces.domainname)
-    peer = open_terminal(rootfs.fd, process, plan.console_socket) if process.terminal else -1
-    if peer >= 0:
-        show_as_console(rootfs.fd, peer)
-    rootfs.finish()
-    rootfs.enter()
+    if rootfs:
+        peer = open_terminal(rootfs.fd, process, plan.console_socket) if process.terminal else -1
+        if peer >= 0:
+            show_as_console(rootfs.fd, peer)
+        rootfs.finish()
+        rootfs.enter()
+    else:
+        peer = _terminal_here(plan)
     for key, value in namespaces.sysctl:
         with step(f"linux.sysctl[{key!r}]"):
             path = key if "/" in key else key.replace(".", "/")
@@ -216,12 +221,17 @@ def _become_exec(plan: Plan) -> NoReturn:
         with step("session keyring"):
             linux.join_session_keyring(process.keyring)
     proc = _own_proc() if process.apparmor_profile or process.selinux_label else -1
-    peer = -1
-    if process.terminal:
-        root = root_directory()
-        peer = open_terminal(root, process, plan.console_socket)
-        os.close(root)
-    _execute(plan, peer, proc)
+    _execute(plan, _terminal_here(plan), proc)
+
+
+def _terminal_here(plan: Plan) -> int:
+    """Of the file system that this process is in already; -1 if it has none."""
+    if not plan.process.terminal:
+        return -1
+    root = root_directory()
+    peer = open_terminal(root, plan.process, plan.console_socket)
+    os.close(root)
+    return peer
 
 
 def _own_proc() -> int:
@@ -254,7 +264,7 @@ def _execute(plan: Plan, peer: int, proc: int) -> NoReturn:
             linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
     elif process.seccomp is not None:
         # Needs a right that is about to go.
-        _install_filter(process)
+        _install_filter(plan)
     root = root_directory()
     variables = identity.environment(root, process)
     os.close(root)
@@ -266,17 +276,26 @@ def _execute(plan: Plan, peer: int, proc: int) -> NoReturn:
         identity.become(process)
         identity.enter_directory(process.cwd)
     program = identity.find_program(process.args[0], variables)
+    # With a listener, while the caller is there to hand that on.
+    early = process.no_new_privileges and process.seccomp_flags & linux.SECCOMP_FILTER_FLAG_NEW_LISTENER
+    if early:
+        _install_filter(plan)
     if plan.start_fifo >= 0:
         channel.send(plan.channel, event="ready")
         os.read(plan.start_fifo, 1)
     for hook in plan.start_hooks:
-        hooks.run(hook, hooks.seen_from_inside(plan.hook_state, "created"), "startContainer")
+        try:
+            hooks.run(hook, hooks.seen_from_inside(plan.hook_state, "created"), "startContainer")
+        except HookFailed as err:
+            # To whoever starts the container, and looks into this when our end of it closes.
+            os.write(plan.start_fifo, str(err).encode()[:_START_TEXT])
+            os._exit(_FAILED)
     for fd in plan.preserved:
         os.set_inheritable(fd, True)
     # Ignored until now, and what is ignored stays so over an exec.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    if process.no_new_privileges and process.seccomp is not None:
-        _install_filter(process)
+    if process.no_new_privileges and process.seccomp is not None and not early:
+        _install_filter(plan)
     try:
         os.execve(program, process.args, variables)  # noqa: S606 - that is what all this is for
     except OSError as err:
@@ -296,7 +315,12 @@ def _set_streams(stdio: tuple[int, int, int]) -> None:
         os.set_inheritable(number, True)
 
 
-def _install_filter(process: ProcessPlan) -> None:
+def _install_filter(plan: Plan) -> None:
+    process = plan.process
     assert process.seccomp is not None
     with step("linux.seccomp"):
-        linux.seccomp_filter(process.seccomp, process.seccomp_flags)
+        listener = linux.seccomp_filter(process.seccomp, process.seccomp_flags)
+    if process.seccomp_flags & linux.SECCOMP_FILTER_FLAG_NEW_LISTENER:
+        # Until the caller has handed it on, nobody answers. It closes with the exec.
+        channel.send(plan.channel, event="listener", number=listener)
+        channel.receive(plan.channel)

@@ -33,19 +33,25 @@ if TYPE_CHECKING:
 
     from oci_engine.making import Known
     from oci_engine.options import CreateOptions, ExecOptions
-    from oci_engine.waiting import Wait
+    from oci_engine.waiting import Wait, Warn
 
 #: How long a killed process may take to be gone. One that waits for a dead network file system takes forever.
 _KILL_TIMEOUT_S = 10.0
+#: What a created process waits for.
+_GO = b"\0"
 
 
 class Engine:
     """The containers whose state is below one folder."""
 
-    def __init__(self, root: str, wait: Wait = wait_for_child) -> None:
-        """`wait` is for a caller that collects its children itself; those of containers are its own in any case."""
+    def __init__(self, root: str, wait: Wait = wait_for_child, warn: Warn = lambda text: None) -> None:
+        """`wait` is for a caller that collects its children itself; those of containers are its own in any case.
+
+        `warn` is told, by the thread that calls a verb, what the specification wants a warning for.
+        """
         self._store = Store(root)
         self._wait = wait
+        self._warn = warn
         self._made: dict[str, Known] = {}  # by this object; others are read from their records
 
     # Making
@@ -58,7 +64,7 @@ class Engine:
         # Only here and in `exec`: what most calls of a command line do not need is not loaded for them.
         from oci_engine.making import create
 
-        known = create(self._store, container_id, bundle, options, self._wait)
+        known = create(self._store, container_id, bundle, options, self._wait, self._warn)
         self._made[container_id] = known
         return known.status.pid
 
@@ -69,23 +75,7 @@ class Engine:
             state = self.state_of(status)
             if state != CREATED:
                 raise StateConflict(f"cannot start a container in the {state} state")
-            fifo = self._store.fifo(container_id)
-            try:
-                fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            except OSError as err:
-                if err.errno != errno.ENXIO:
-                    raise
-                # Nobody has its other end: the process has ended since.
-                raise StateConflict(f"cannot start a container in the {STOPPED} state") from None
-            try:
-                os.write(fd, b"\0")
-                os.unlink(fifo)
-                # The other end closes with the exec.
-                poll = select.poll()
-                poll.register(fd, 0)
-                poll.poll()
-            finally:
-                os.close(fd)
+            _let_go(self._store.fifo(container_id))
             try:
                 for hook in hooks.of(status, "poststart"):
                     hooks.run(hook, hooks.state_text(status, RUNNING), "poststart", self._wait)
@@ -106,7 +96,7 @@ class Engine:
             if state not in (CREATED, RUNNING):
                 raise StateConflict(f"cannot exec in a {state} container")
             known = self._made.get(container_id) or known_by(status)
-            return exec_process(known, document, options, self._wait)
+            return exec_process(known, document, options, self._wait, self._warn, state)
 
     def _status(self, container_id: str) -> Status:
         """The caller holds the container's lock: it is there."""
@@ -250,6 +240,35 @@ class Engine:
                     )
             finally:
                 os.close(pidfd)
+
+
+def _let_go(fifo: str) -> None:
+    """Returns when the process at its other end has executed its program, or could not. Raises HookFailed."""
+    try:
+        fd = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as err:
+        if err.errno != errno.ENXIO:
+            raise
+        # Nobody has its other end: the process has ended since.
+        raise StateConflict(f"cannot start a container in the {STOPPED} state") from None
+    try:
+        reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.write(fd, _GO)
+    finally:
+        os.close(fd)
+    try:
+        os.unlink(fifo)
+        # Its end closes with the exec. What it says before that is what kept it from that.
+        poll = select.poll()
+        poll.register(reading, 0)
+        poll.poll()
+        said = os.read(reading, 4096)
+    finally:
+        os.close(reading)
+    if said == _GO:  # which it never took
+        raise StateConflict(f"cannot start a container in the {STOPPED} state")
+    if said:
+        raise HookFailed(said.decode(errors="replace"))
 
 
 def _signal(status: Status, number: int) -> None:

@@ -6,6 +6,7 @@ import os
 import stat
 
 from oci_engine import inroot, linux
+from oci_engine.errors import SetupFailed
 from oci_engine.linux_spec import Device
 from oci_engine.mounts import clone_tree
 from oci_engine.steps import step
@@ -38,6 +39,12 @@ def make_device(root: int, device: Device, *, bind: bool) -> None:
         if bind and device.type != "p":
             target = inroot.make_file(root, device.path)
             tree = clone_tree(device.path, recursive=False)
+            details = os.fstat(tree)
+            if (stat.S_IFMT(details.st_mode), details.st_rdev) != _kind_and_number(device):
+                raise SetupFailed(
+                    f"device {device.path}: in a user namespace it can only be the host's own, which is not"
+                    f" {device.type} {device.major}:{device.minor}"
+                )
             linux.move_mount(tree, target)
             os.close(tree)
             os.close(target)
@@ -50,10 +57,14 @@ def make_device(root: int, device: Device, *, bind: bool) -> None:
             os.close(parent)
 
 
+def _kind_and_number(device: Device) -> tuple[int, int]:
+    return _KINDS[device.type], os.makedev(device.major, device.minor)
+
+
 def _make_node(parent: int, name: str, device: Device) -> None:
-    number = os.makedev(device.major, device.minor)
+    kind, number = _kind_and_number(device)
     try:
-        os.mknod(name, _KINDS[device.type] | device.mode, number, dir_fd=parent)
+        os.mknod(name, kind | device.mode, number, dir_fd=parent)
     except FileExistsError:
         # Mounted there by the specification, or part of the image: only a link would be followed to elsewhere.
         if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):

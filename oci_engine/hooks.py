@@ -63,6 +63,7 @@ def run(hook: Hook, state: str, kind: str, wait: Wait = wait_for_child) -> None:
                     (os.POSIX_SPAWN_DUP2, given, 0), (os.POSIX_SPAWN_DUP2, said, 1),
                     (os.POSIX_SPAWN_DUP2, said, 2),
                 ],
+                setpgroup=0,
                 setsigmask=(),
                 setsigdef=(signal.SIGPIPE,),
             )  # fmt: skip
@@ -81,7 +82,7 @@ def run(hook: Hook, state: str, kind: str, wait: Wait = wait_for_child) -> None:
 
 def _wait(pid: int, hook: Hook, kind: str, wait: Wait) -> int:
     if hook.timeout_s is not None and not _ends_within(pid, hook.timeout_s):
-        os.kill(pid, signal.SIGKILL)
+        os.killpg(pid, signal.SIGKILL)  # what it has started too
         wait(pid)
         raise HookFailed(f"{kind} hook {hook.path} took longer than its {hook.timeout_s} s and was killed")
     return wait(pid)

@@ -53,6 +53,7 @@ AT_RECURSIVE = 0x8000
 OPEN_TREE_CLONE = 1
 MOVE_MOUNT_F_EMPTY_PATH = 0x04
 MOVE_MOUNT_T_EMPTY_PATH = 0x40
+MOUNT_ATTR_IDMAP = 0x100000
 _CLOEXEC = os.O_CLOEXEC
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
@@ -66,6 +67,13 @@ PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
+# seccomp(2)
+SECCOMP_FILTER_FLAG_TSYNC = 1
+SECCOMP_FILTER_FLAG_LOG = 2
+SECCOMP_FILTER_FLAG_SPEC_ALLOW = 4
+SECCOMP_FILTER_FLAG_NEW_LISTENER = 8
+SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV = 32
+
 _CAPABILITY_VERSION_3 = 0x20080522
 
 # asm/ioctls.h
@@ -74,7 +82,7 @@ TIOCSWINSZ = 0x80087467 if os.uname().machine.startswith("ppc") else 0x5414
 
 _SINCE_424 = {
     "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "clone3": 435,
-    "close_range": 436, "openat2": 437, "mount_setattr": 442,
+    "close_range": 436, "openat2": 437, "pidfd_getfd": 438, "mount_setattr": 442,
 }  # fmt: skip
 #: Of each architecture's asm/unistd.h.
 _OLDER = {
@@ -330,8 +338,13 @@ def sched_setattr(attributes: bytes) -> None:
     _call("sched_setattr", 0, attributes, 0)
 
 
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """A copy of another process's open file."""
+    return _call("pidfd_getfd", pidfd, fd, 0)
+
+
 def seccomp_filter(program: bytes, flags: int) -> int:
-    """Install a filter: an array of struct sock_filter."""
+    """Install a filter: an array of struct sock_filter. Returns the listener if the flags ask for one."""
     memory = buffer(program)
     header = struct.pack("=H6xQ", len(program) // 8, address(memory))
     return _call("seccomp", 1, flags, header)  # SECCOMP_SET_MODE_FILTER

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 NAMESPACES = ("user", "cgroup", "ipc", "uts", "network", "pid", "time", "mount")
 PROPAGATIONS = ("private", "shared", "slave", "unbindable", "rprivate", "rshared", "rslave", "runbindable")
+#: Bytes, as the kernel has it.
+_INTERFACE_NAME = 15
 _PERSONALITIES = {"LINUX": 0, "LINUX32": 8}
 
 
@@ -52,17 +54,18 @@ class Linux(Record):
     mount_label: str
     sysctl: dict[str, str]
     personality: int | None
+    net_devices: tuple[tuple[str, str], ...]  # the name outside, and inside
 
 
 def read_linux(reader: Reader) -> Linux:
     reader.refuse(("intelRdt",), "Intel's resource control is not supported")
-    reader.refuse(("netDevices", "memoryPolicy"), "is of a later version of the specification")
+    reader.refuse(("memoryPolicy",), "is not supported")
     persona = reader.inner("personality")
     persona.refuse(("flags",), "flags of personalities are not supported")
     return Linux(
         namespaces=_read_namespaces(reader),
-        uid_mappings=reader.objects("uidMappings", _read_mapping),
-        gid_mappings=reader.objects("gidMappings", _read_mapping),
+        uid_mappings=reader.objects("uidMappings", read_mapping),
+        gid_mappings=reader.objects("gidMappings", read_mapping),
         time_offsets=_read_time_offsets(reader.inner("timeOffsets")),
         devices=reader.objects("devices", _read_device),
         cgroups_path=_read_cgroups_path(reader),
@@ -76,7 +79,25 @@ def read_linux(reader: Reader) -> Linux:
         personality=_PERSONALITIES[persona.choice("domain", _PERSONALITIES)]
         if reader.has("personality")
         else None,
+        net_devices=_read_net_devices(reader.inner("netDevices")),
     )
+
+
+def _read_net_devices(reader: Reader) -> tuple[tuple[str, str], ...]:
+    found: list[tuple[str, str]] = []
+    for name in reader.names():
+        inside = reader.inner(name).text("name", "") or name
+        for each in (name, inside):
+            if (
+                not 0 < len(each.encode()) <= _INTERFACE_NAME
+                or each in (".", "..")
+                or set(each) & set("/: \t\n")
+            ):
+                raise SpecError(reader.at(name), f"{each!r} is no name of an interface")
+        if inside in (each for _, each in found):
+            raise SpecError(reader.at(name), f"two interfaces are to be called {inside!r}")
+        found.append((name, inside))
+    return tuple(found)
 
 
 def _read_namespaces(reader: Reader) -> dict[str, str]:
@@ -94,7 +115,7 @@ def _read_namespaces(reader: Reader) -> dict[str, str]:
     return found
 
 
-def _read_mapping(reader: Reader) -> IdMapping:
+def read_mapping(reader: Reader) -> IdMapping:
     return IdMapping(
         container=reader.integer("containerID", 0, UINT32_MAX),
         host=reader.integer("hostID", 0, UINT32_MAX),

@@ -9,8 +9,7 @@ import time
 from oci_engine import hooks, json_text
 from oci_engine.cgroups.base import remove_cgroup
 from oci_engine.cgroups.find import find_cgroup, known_cgroup, unit_name
-from oci_engine.errors import EngineError, SetupFailed, SpecError, StateConflict
-from oci_engine.mounts import clone_tree
+from oci_engine.errors import EngineError, HookFailed, SetupFailed, SpecError, StateConflict
 from oci_engine.plan import Plan
 from oci_engine.planner import CLONE_FLAGS, FILES, plan_namespaces, plan_process, plan_root
 from oci_engine.reader import Reader
@@ -18,7 +17,8 @@ from oci_engine.records import Record, replace
 from oci_engine.seccomp import compile_filter
 from oci_engine.spawn import spawn
 from oci_engine.spec import read_process, read_spec
-from oci_engine.state import CREATING, Status, Store, is_alive, start_time
+from oci_engine.state import CREATING, STOPPED, Status, Store, is_alive, start_time
+from oci_engine.steps import step
 from oci_engine.undo import Undo, suppress
 
 TYPE_CHECKING = False
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from oci_engine.plan import RootPlan
     from oci_engine.spawn import Spawned
     from oci_engine.spec import Process, Spec
-    from oci_engine.waiting import Wait
+    from oci_engine.waiting import Wait, Warn
 
 
 class Known(Record):
@@ -52,7 +52,9 @@ def _filter(spec: Spec) -> bytes | None:
     return compile_filter(spec.linux.seccomp) if spec.linux.seccomp else None
 
 
-def create(store: Store, container_id: str, bundle: str, options: CreateOptions, wait: Wait) -> Known:
+def create(
+    store: Store, container_id: str, bundle: str, options: CreateOptions, wait: Wait, warn: Warn
+) -> Known:
     """Its process is a child of the caller, and waits for `start`.
 
     Raises SpecError, AlreadyExists, SetupFailed, HookFailed; then nothing is left.
@@ -61,6 +63,8 @@ def create(store: Store, container_id: str, bundle: str, options: CreateOptions,
     document = _load_json(f"{bundle}/config.json")
     spec = read_spec(document)
     process = _checked_process(spec, options.streams)
+    for text in process.unknown_capabilities:
+        warn(text)
     rootfs = _rootfs(spec, bundle)
     with Undo() as undo:
         store.reserve(container_id)
@@ -91,6 +95,8 @@ def create(store: Store, container_id: str, bundle: str, options: CreateOptions,
                 spec=document,
             )
             known = Known(status=status, spec=spec, seccomp=_filter(spec))
+            if spec.hooks["poststop"]:
+                undo.callback(_poststop, spec, status, wait, warn)
             status = _make_process(store, known, process, cgroup, options, wait, undo)
             _write_pid_file(options.pid_file, status.pid)
         undo.keep()
@@ -114,17 +120,13 @@ def _make_process(
         start_fifo = os.open(f"{fifo}.new", os.O_RDWR | os.O_CLOEXEC)
         files.callback(os.close, start_fifo)
         joined = _open_namespaces(spec, files)
+        makes_users = spec.linux.namespaces.get("user") == ""
+        if spec.linux.uid_mappings and not makes_users:
+            from oci_engine.mapped_binds import check_mappings
+
+            check_mappings(spec, joined, wait)
         console = _console(options.streams, files)
-        root = plan_root(
-            spec,
-            rootfs=status.rootfs,
-            bundle=status.bundle,
-            no_pivot=options.no_pivot,
-            cgroup_mounts=cgroup.mounts(),
-            bind_devices=options.rootless or "user" in spec.linux.namespaces,
-        )
-        if not options.rootless:
-            root = _with_trees(root, files)
+        root = _plan_root(known, cgroup, options, joined, files, wait)
         keyring = "" if options.no_new_keyring else f"_ses.{status.id}"
         process_plan = plan_process(process, spec, seccomp=known.seccomp, keyring=keyring)
         early = [*spec.hooks["prestart"], *spec.hooks["createRuntime"]]
@@ -150,8 +152,8 @@ def _make_process(
             plan,
             placed=cgroup.add,
             wait=wait,
-            uid_mappings=spec.linux.uid_mappings,
-            gid_mappings=spec.linux.gid_mappings,
+            uid_mappings=spec.linux.uid_mappings if makes_users else (),
+            gid_mappings=spec.linux.gid_mappings if makes_users else (),
             oom_score_adj=process.oom_score_adj,
         )
     with Undo() as channel:
@@ -159,9 +161,52 @@ def _make_process(
         undo.callback(spawned.kill)
         status = replace(status, pid=spawned.pid, process_start_time=start_time(spawned.pid))
         store.save(status)
-        _set_up(spawned, status, spec, wait, early_hooks=bool(early))
+        if spec.linux.net_devices:
+            from oci_engine.net_devices import moved
+
+            with moved(spec.linux.net_devices, spawned.pid):
+                _set_up(spawned, status, spec, wait, early_hooks=bool(early))
+        else:
+            _set_up(spawned, status, spec, wait, early_hooks=bool(early))
     os.rename(f"{fifo}.new", fifo)
     return status
+
+
+def _plan_root(
+    known: Known,
+    cgroup: Cgroup,
+    options: CreateOptions,
+    joined: tuple[tuple[int, int], ...],
+    files: Undo,
+    wait: Wait,
+) -> RootPlan | None:
+    """None for a mount namespace that is joined, which has everything already."""
+    status, spec = known.status, known.spec
+    if spec.linux.namespaces["mount"]:
+        return None
+    root = plan_root(
+        spec,
+        rootfs=status.rootfs,
+        bundle=status.bundle,
+        no_pivot=status.no_pivot,
+        cgroup_mounts=cgroup.mounts(),
+        bind_devices=options.rootless or "user" in spec.linux.namespaces,
+    )
+    # Without root there is no opening beforehand, and nobody's folder is closed to who makes the container.
+    if (root.bind_devices and not options.rootless) or any(each.options.idmap for each in root.mounts):
+        from oci_engine.mapped_binds import with_trees
+
+        return with_trees(root, spec, joined, files, wait)
+    return root
+
+
+def _poststop(spec: Spec, status: Status, wait: Wait, warn: Warn) -> None:
+    """Of a container that could not be made. They may undo what hooks before them have done."""
+    for hook in spec.hooks["poststop"]:
+        try:
+            hooks.run(hook, hooks.state_text(status, STOPPED), "poststop", wait)
+        except HookFailed as err:
+            warn(str(err))
 
 
 def _set_up(spawned: Spawned, status: Status, spec: Spec, wait: Wait, *, early_hooks: bool) -> None:
@@ -173,19 +218,27 @@ def _set_up(spawned: Spawned, status: Status, spec: Spec, wait: Wait, *, early_h
             for hook in spec.hooks[kind]:
                 hooks.run(hook, state, kind, wait)
         spawned.go_on()
+    if spec.linux.seccomp and spec.linux.seccomp.listener_path:
+        from oci_engine.seccomp_listener import hand_over
+
+        hand_over(spawned, spec.linux.seccomp, hooks.state_text(status, CREATING))
     spawned.wait_for("ready")
 
 
 def exec_process(
-    known: Known, document: dict[str, object], options: ExecOptions, wait: Wait
+    known: Known, document: dict[str, object], options: ExecOptions, wait: Wait, warn: Warn, state: str
 ) -> tuple[int, int]:
-    """One more process, by its JSON object. Returns its pid, a child of the caller, and its start time.
+    """One more process, by its JSON object, in a container of this state.
+
+    Returns its pid, a child of the caller, and its start time.
 
     Raises StateConflict, SpecError, SetupFailed, CannotExecute.
     """
     status, spec = known.status, known.spec
     with Undo() as files:
         process = _exec_process(document, spec, options.streams)
+        for text in process.unknown_capabilities:
+            warn(text)
         joined = _open_process_namespaces(status, files)
         console = _console(options.streams, files)
         keyring = "" if status.no_new_keyring else f"_ses.{status.id}"
@@ -205,17 +258,32 @@ def exec_process(
                 preserved=_preserved(options.streams),
             )
 
-        spawned = spawn(plan, placed=cgroup.add, wait=wait, oom_score_adj=process.oom_score_adj)
+        def placed(pid: int) -> None:
+            _set_cpus(pid, process.exec_cpus_initial, "process.execCPUAffinity.initial")
+            cgroup.add(pid)
+
+        spawned = spawn(plan, placed=placed, wait=wait, oom_score_adj=process.oom_score_adj)
         files.callback(spawned.close)
         began = start_time(spawned.pid)
         try:
+            _set_cpus(spawned.pid, process.exec_cpus_final, "process.execCPUAffinity.final")
             spawned.go_on()
+            if spec.linux.seccomp and spec.linux.seccomp.listener_path:
+                from oci_engine.seccomp_listener import hand_over
+
+                hand_over(spawned, spec.linux.seccomp, hooks.state_text(status, state))
             spawned.wait_for_exec()
             _write_pid_file(options.pid_file, spawned.pid)
         except BaseException:
             spawned.kill()
             raise
     return spawned.pid, began
+
+
+def _set_cpus(pid: int, cpus: frozenset[int], place: str) -> None:
+    if cpus:
+        with step(place):
+            os.sched_setaffinity(pid, cpus)
 
 
 def _load_json(path: str) -> dict[str, object]:
@@ -267,11 +335,31 @@ def _make_cgroup(cgroup: Cgroup, spec: Spec, undo: Undo) -> None:
     undo.callback(remove_cgroup, cgroup)
     cgroup.create()
     cgroup.limit(spec.linux.resources)
+    # Only root gives groups away.
+    uid = _owner_of_group(spec) if spec.linux.uid_mappings and os.geteuid() == 0 else None
+    if uid is not None:
+        from oci_engine.cgroups.v2 import CgroupV2
+
+        if isinstance(cgroup, CgroupV2):
+            cgroup.give_to(uid)
+
+
+def _owner_of_group(spec: Spec) -> int | None:
+    """The container's user as the host knows it, if it sees its group as the top of a tree and may write to it."""
+    writable = any(mount.type == "cgroup" and "ro" not in mount.options for mount in spec.mounts)
+    if not writable or spec.linux.namespaces.get("cgroup") != "" or spec.process is None:
+        return None
+    uid = spec.process.user.uid
+    for each in spec.linux.uid_mappings:
+        if each.container <= uid < each.container + each.size:
+            return each.host + uid - each.container
+    return None
 
 
 def _open_namespaces(spec: Spec, files: Undo) -> tuple[tuple[int, int], ...]:
     joined = []
-    for kind, path in spec.linux.namespaces.items():
+    # The mount namespace last: paths of the others are the caller's.
+    for kind, path in sorted(spec.linux.namespaces.items(), key=lambda entry: entry[0] == "mount"):
         if path:
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -311,24 +399,9 @@ def _exec_process(document: dict[str, object], spec: Spec, streams: Streams) -> 
         apparmor_profile=process.apparmor_profile or first.apparmor_profile,
         selinux_label=process.selinux_label or first.selinux_label,
         oom_score_adj=first.oom_score_adj if process.oom_score_adj is None else process.oom_score_adj,
+        exec_cpus_initial=process.exec_cpus_initial or first.exec_cpus_initial,
+        exec_cpus_final=process.exec_cpus_final or first.exec_cpus_final,
     )
-
-
-def _with_trees(root: RootPlan, files: Undo) -> RootPlan:
-    """In a user namespace, sources of binds are opened beforehand: their folders may be closed to its root."""
-    if not root.bind_devices:
-        return root
-    steps = []
-    for step in root.mounts:
-        if step.options.bind and not step.options.remount:
-            try:
-                tree = clone_tree(step.source, recursive=step.options.recursive)
-            except OSError as err:
-                raise SetupFailed(f"{step.place}.source: {step.source}: {err.strerror}") from None
-            files.callback(os.close, tree)
-            step = replace(step, tree=tree)
-        steps.append(step)
-    return replace(root, mounts=tuple(steps))
 
 
 def _console(streams: Streams, files: Undo) -> int:

@@ -36,7 +36,7 @@ _SUPERBLOCK = frozenset({"sync", "dirsync", "lazytime", "mand"})
 _NO_EFFECT = frozenset(
     {"defaults", "async", "nolazytime", "nomand", "loud", "silent", "noiversion", "iversion"}
 )
-UNSUPPORTED = frozenset({"idmap", "ridmap", "copy-symlink"})
+UNSUPPORTED = frozenset({"copy-symlink"})
 
 
 class Attributes(Record):
@@ -61,7 +61,10 @@ class Attributes(Record):
 
 
 class MountOptions(Record):
-    """`propagation` is (flag, with what is below); `data` are the file system's own parameters, in order."""
+    """`propagation` is (flag, with what is below); `data` are the file system's own parameters, in order.
+
+    `idmap` is empty, or `idmap`, or `ridmap` which is with what is below.
+    """
 
     bind: bool
     recursive: bool
@@ -71,6 +74,7 @@ class MountOptions(Record):
     propagation: tuple[tuple[int, bool], ...]
     data: tuple[str, ...]
     copy_up: bool
+    idmap: str
 
 
 def parse_options(words: tuple[str, ...], *, kind: str = "") -> MountOptions:
@@ -78,6 +82,7 @@ def parse_options(words: tuple[str, ...], *, kind: str = "") -> MountOptions:
     bind = kind in ("bind", "rbind")
     recursive = kind == "rbind"
     remount = copy_up = False
+    idmap = ""
     attributes = recursive_attributes = Attributes()
     propagation: list[tuple[int, bool]] = []
     data: list[str] = []
@@ -88,6 +93,8 @@ def parse_options(words: tuple[str, ...], *, kind: str = "") -> MountOptions:
             remount = True
         elif word == "tmpcopyup":
             copy_up = True
+        elif word in ("idmap", "ridmap"):
+            idmap = "ridmap" if "ridmap" in (word, idmap) else word
         elif word in UNSUPPORTED:
             raise ValueError(word)
         elif word in _ATTRIBUTES:
@@ -109,11 +116,22 @@ def parse_options(words: tuple[str, ...], *, kind: str = "") -> MountOptions:
         propagation=tuple(propagation),
         data=tuple(data),
         copy_up=copy_up,
+        idmap=idmap,
     )
 
 
 def known_words() -> list[str]:
     """All words that are not a file system's own, for `features`."""
     recursive = [f"r{word}" for word in (*_ATTRIBUTES, *_PROPAGATION)]
-    words = {"bind", "rbind", "remount", "tmpcopyup", *_ATTRIBUTES, *_PROPAGATION, *recursive}
+    words = {
+        "bind",
+        "rbind",
+        "remount",
+        "tmpcopyup",
+        "idmap",
+        "ridmap",
+        *_ATTRIBUTES,
+        *_PROPAGATION,
+        *recursive,
+    }
     return sorted(words | _SUPERBLOCK | _NO_EFFECT)

@@ -92,7 +92,10 @@ class ProcessPlan(Record):
 
 
 class Plan(Record):
-    """`root` is None for one more process in a container. Files: -1 is none; `stdio` become 0, 1 and 2."""
+    """`root` is None for one more process in a container, which has no `start_fifo`, and in a joined mount namespace.
+
+    Files: -1 is none; `stdio` become 0, 1 and 2.
+    """
 
     namespaces: NamespacePlan
     root: RootPlan | None

@@ -9,6 +9,7 @@ from oci_engine.devices import with_defaults
 from oci_engine.errors import SpecError, Unsupported
 from oci_engine.mount_options import UNSUPPORTED, parse_options
 from oci_engine.plan import MountStep, NamespacePlan, ProcessPlan, RootPlan
+from oci_engine.records import replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def plan_root(
         readonly=spec.root.readonly,
         propagation=spec.linux.rootfs_propagation,
         no_pivot=no_pivot,
-        mounts=tuple(plan_mount(mount, bundle) for mount in spec.mounts),
+        mounts=tuple(
+            plan_mount(mount, bundle, maps_users="user" in spec.linux.namespaces) for mount in spec.mounts
+        ),
         devices=with_defaults(spec.linux.devices),
         bind_devices=bind_devices,
         masked_paths=spec.linux.masked_paths,
@@ -86,8 +89,8 @@ def plan_root(
     )
 
 
-def plan_mount(mount: Mount, bundle: str) -> MountStep:
-    """Sources of binds are relative to the bundle."""
+def plan_mount(mount: Mount, bundle: str, *, maps_users: bool = False) -> MountStep:
+    """Sources of binds are relative to the bundle. `maps_users`: the container has a user namespace."""
     try:
         options = parse_options(mount.options, kind=mount.type)
     except ValueError as err:
@@ -106,6 +109,18 @@ def plan_mount(mount: Mount, bundle: str) -> MountStep:
         raise SpecError(f"{mount.place}.options", "tmpcopyup is for tmpfs")
     elif not mount.type and not options.remount:
         raise SpecError(f"{mount.place}.type", "is missing, and the mount is no bind")
+    if mount.uid_mappings and not options.idmap:
+        options = replace(options, idmap="idmap")
+    if options.idmap:
+        if not options.bind or options.remount:
+            raise Unsupported(
+                f"{mount.place}.options", "ids are mapped anew in binds alone, when they are made"
+            )
+        if not mount.uid_mappings and not maps_users:
+            raise SpecError(
+                f"{mount.place}.options",
+                f"{options.idmap} needs uidMappings and gidMappings, of the mount or of a user namespace",
+            )
     return MountStep(
         destination=mount.destination,
         type="bind" if options.bind else mount.type,

@@ -35,6 +35,7 @@ class Memory(Record):
     swap: int | None = None
     swappiness: int | None = None
     disable_oom_killer: bool = False
+    check_before_update: bool = False
 
 
 class Cpu(Record):
@@ -60,23 +61,46 @@ class Throttle(Record):
     rate: int
 
 
+class DeviceWeight(Record):
+    """Of one disk, 10 to 1000."""
+
+    major: int
+    minor: int
+    weight: int | None
+    leaf_weight: int | None
+
+
+class Rdma(Record):
+    """None is no limit."""
+
+    device: str
+    handles: int | None
+    objects: int | None
+
+    @property
+    def line(self) -> str:
+        """As rdma.max takes it, in both versions of control groups."""
+        handles, objects = ("max" if each is None else each for each in (self.handles, self.objects))
+        return f"{self.device} hca_handle={handles} hca_object={objects}"
+
+
 class Resources(Record):
     devices: tuple[DeviceRule, ...] = ()
     memory: Memory = Memory()
     cpu: Cpu = Cpu()
     pids_limit: int | None = None
     block_weight: int | None = None
+    block_leaf_weight: int | None = None
+    block_weights: tuple[DeviceWeight, ...] = ()
     throttles: tuple[Throttle, ...] = ()
     hugepages: tuple[tuple[str, int], ...] = ()  # page size as in 2MB, bytes
     unified: tuple[tuple[str, str], ...] = ()
+    rdma: tuple[Rdma, ...] = ()
 
 
 def read_resources(reader: Reader) -> Resources:
     reader.refuse(("network",), "limits of network classes are not supported")
-    reader.refuse(("rdma",), "limits of RDMA are not supported")
     memory, cpu, block = reader.inner("memory"), reader.inner("cpu"), reader.inner("blockIO")
-    memory.refuse(("checkBeforeUpdate",), "is not supported")
-    block.refuse(("leafWeight", "weightDevice"), "is not supported")
     pids = reader.inner("pids")
     return Resources(
         devices=reader.objects("devices", _read_rule),
@@ -87,6 +111,7 @@ def read_resources(reader: Reader) -> Resources:
             # Limits of kernel memory are gone from kernels, and the specification says to ignore them.
             swappiness=memory.maybe_integer("swappiness", 0, 100),
             disable_oom_killer=memory.flag("disableOOMKiller"),
+            check_before_update=memory.flag("checkBeforeUpdate"),
         ),
         cpu=Cpu(
             shares=cpu.maybe_integer("shares", 0, UINT64_MAX),
@@ -101,6 +126,8 @@ def read_resources(reader: Reader) -> Resources:
         ),
         pids_limit=pids.maybe_integer("limit", -INT64_MAX, INT64_MAX),
         block_weight=block.maybe_integer("weight", 0, 1000),
+        block_leaf_weight=block.maybe_integer("leafWeight", 0, 1000),
+        block_weights=block.objects("weightDevice", _read_weight),
         throttles=tuple(
             each
             for key, file in (
@@ -111,6 +138,7 @@ def read_resources(reader: Reader) -> Resources:
         ),
         hugepages=reader.objects("hugepageLimits", _read_hugepages),
         unified=_read_unified(reader),
+        rdma=_read_rdma(reader.inner("rdma")),
     )  # fmt: skip
 
 
@@ -134,6 +162,35 @@ def _read_list(reader: Reader, name: str) -> str:
     if not _LIST.issuperset(value):
         raise SpecError(reader.at(name), f"want numbers and ranges as in 0-3,7, got {value!r}")
     return value
+
+
+def _read_weight(reader: Reader) -> DeviceWeight:
+    found = DeviceWeight(
+        major=reader.integer("major", 0, UINT32_MAX),
+        minor=reader.integer("minor", 0, UINT32_MAX),
+        weight=reader.maybe_integer("weight", 0, 1000),
+        leaf_weight=reader.maybe_integer("leafWeight", 0, 1000),
+    )
+    if found.weight is None and found.leaf_weight is None:
+        raise SpecError(reader.at("weight"), "is missing, and so is leafWeight: one of them is needed")
+    return found
+
+
+def _read_rdma(reader: Reader) -> tuple[Rdma, ...]:
+    found = []
+    for device in reader.names():
+        if not device or any(letter.isspace() for letter in device):
+            raise SpecError(reader.at(device), "is no name of a device")
+        limits = reader.inner(device)
+        handles, objects = (
+            limits.maybe_integer(name, 0, UINT32_MAX) for name in ("hcaHandles", "hcaObjects")
+        )
+        if handles is None and objects is None:
+            raise SpecError(
+                limits.at("hcaHandles"), "is missing, and so is hcaObjects: one of them is needed"
+            )
+        found.append(Rdma(device=device, handles=handles, objects=objects))
+    return tuple(found)
 
 
 def _read_throttle(reader: Reader, file: str) -> Throttle:

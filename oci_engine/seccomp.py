@@ -25,15 +25,18 @@ if TYPE_CHECKING:
 ACTIONS = {
     "SCMP_ACT_KILL": 0x00000000, "SCMP_ACT_KILL_THREAD": 0x00000000, "SCMP_ACT_KILL_PROCESS": 0x80000000,
     "SCMP_ACT_TRAP": 0x00030000, "SCMP_ACT_ERRNO": 0x00050000, "SCMP_ACT_TRACE": 0x7FF00000,
-    "SCMP_ACT_LOG": 0x7FFC0000, "SCMP_ACT_ALLOW": 0x7FFF0000,
+    "SCMP_ACT_NOTIFY": 0x7FC00000, "SCMP_ACT_LOG": 0x7FFC0000, "SCMP_ACT_ALLOW": 0x7FFF0000,
 }  # fmt: skip
+_NOTIFY = ACTIONS["SCMP_ACT_NOTIFY"]
 _WITH_NUMBER = ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE")
 OPERATORS = {
     "SCMP_CMP_NE": 1, "SCMP_CMP_LT": 2, "SCMP_CMP_LE": 3, "SCMP_CMP_EQ": 4, "SCMP_CMP_GE": 5, "SCMP_CMP_GT": 6,
     "SCMP_CMP_MASKED_EQ": 7,
 }  # fmt: skip
-#: Flags of seccomp(2). TSYNC makes no difference: the process has one thread when it takes the filter.
-FLAGS = {"SECCOMP_FILTER_FLAG_TSYNC": 1, "SECCOMP_FILTER_FLAG_LOG": 2, "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4}
+FLAGS = {
+    f"SECCOMP_FILTER_FLAG_{name}": getattr(linux, f"SECCOMP_FILTER_FLAG_{name}")
+    for name in ("TSYNC", "LOG", "SPEC_ALLOW", "WAIT_KILLABLE_RECV")
+}
 ARCHITECTURES = {
     f"SCMP_ARCH_{name}": name.lower()
     for name in (
@@ -61,16 +64,20 @@ class Rule(Record):
 
 
 class Seccomp(Record):
-    """Actions are the kernel's words, with the error number in them."""
+    """Actions are the kernel's words, with the error number in them. `flags` are those to install the filter with.
+
+    `listener_path` is the socket of the program that is asked about system calls; empty where none is notified.
+    """
 
     default_action: int
     architectures: tuple[str, ...]
     flags: int
     rules: tuple[Rule, ...]
+    listener_path: str
+    listener_metadata: str
 
 
 def read_seccomp(reader: Reader) -> Seccomp:
-    reader.refuse(("listenerPath", "listenerMetadata"), "notification of another process is not supported")
     flags = 0
     for index, name in enumerate(reader.texts("flags")):
         if name not in FLAGS:
@@ -80,18 +87,51 @@ def read_seccomp(reader: Reader) -> Seccomp:
     for index, name in enumerate(architectures):
         if name not in ARCHITECTURES:
             raise SpecError(f"{reader.at('architectures')}[{index}]", f"{name!r} is not an architecture")
+    default_action = _read_action(reader, "defaultAction", "defaultErrnoRet")
+    rules = reader.objects("syscalls", _read_rule)
+    notifies = _check_notification(reader, default_action, rules)
     return Seccomp(
-        default_action=_read_action(reader, "defaultAction", "defaultErrnoRet"),
+        default_action=default_action,
         architectures=tuple(ARCHITECTURES[name] for name in architectures),
-        flags=flags,
-        rules=reader.objects("syscalls", _read_rule),
+        flags=_flags(flags, notifies=notifies),
+        rules=rules,
+        listener_path=reader.text("listenerPath", "") if notifies else "",
+        listener_metadata=reader.text("listenerMetadata", ""),
     )
+
+
+def _check_notification(reader: Reader, default_action: int, rules: tuple[Rule, ...]) -> bool:
+    """Whether a program is asked. The process tells about its listener by `write`, and nobody answers before that."""
+    path = reader.text("listenerPath", "")
+    if default_action == _NOTIFY:
+        raise Unsupported(
+            reader.at("defaultAction"), "SCMP_ACT_NOTIFY must not be asked for every system call"
+        )
+    notified = [index for index, rule in enumerate(rules) if rule.action == _NOTIFY]
+    for index in notified:
+        if "write" in rules[index].names:
+            raise Unsupported(
+                f"{reader.at('syscalls')}[{index}].names", "SCMP_ACT_NOTIFY is not possible for write"
+            )
+    if notified and not path:
+        raise SpecError(reader.at("listenerPath"), "is missing, and SCMP_ACT_NOTIFY needs a program to ask")
+    if path and not path.startswith("/"):
+        raise SpecError(reader.at("listenerPath"), f"want an absolute path, got {path!r}")
+    if reader.text("listenerMetadata", "") and not path:
+        raise SpecError(reader.at("listenerMetadata"), "is for a listener, and listenerPath is missing")
+    return bool(notified)
+
+
+def _flags(wanted: int, *, notifies: bool) -> int:
+    if notifies:
+        # The kernel refuses TSYNC beside it, which makes no difference: the process has one thread by then.
+        return wanted & ~linux.SECCOMP_FILTER_FLAG_TSYNC | linux.SECCOMP_FILTER_FLAG_NEW_LISTENER
+    # Is about waiting for an answer.
+    return wanted & ~linux.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
 
 
 def _read_action(reader: Reader, name: str, number: str) -> int:
     action = reader.text(name)
-    if action == "SCMP_ACT_NOTIFY":
-        raise Unsupported(reader.at(name), "notification of another process is not supported")
     reader.choice(name, ACTIONS)
     value = reader.maybe_integer(number, 0, 0xFFFF)
     if action in _WITH_NUMBER:

@@ -35,14 +35,15 @@ class Spawned:
     def go_on(self) -> None:
         channel.send(self._channel, event="go")
 
-    def wait_for(self, event: str) -> None:
-        """Raises what it failed with; SetupFailed when it ended without a word."""
+    def wait_for(self, event: str) -> dict[str, object]:
+        """What it says then. Raises what it failed with; SetupFailed when it ended without a word."""
         try:
             message = channel.receive(self._channel)
         except channel.Closed:
             raise SetupFailed("the container's process ended while it was being set up") from None
         if message["event"] != event:
             raise SetupFailed(f"the container's process said {message['event']!r} instead of {event!r}")
+        return message
 
     def wait_for_exec(self) -> None:
         """Returns when the program runs. Raises what kept it from that."""
@@ -205,15 +206,15 @@ def _map_ids(pid: int, kind: str, mappings: tuple[IdMapping, ...], wait: Wait) -
     place = f"linux.{kind}Mappings"
     own = {"uid": os.geteuid, "gid": os.getegid}[kind]()
     if own == 0 or os.geteuid() == 0:
-        _write(pid, f"{kind}_map", _map_text(mappings), place)
+        _write(pid, f"{kind}_map", map_text(mappings), place)
     elif [(each.host, each.size) for each in mappings] == [(own, 1)]:
         if kind == "gid":
             # Else it could leave a group that a file's mode keeps out.
             _write(pid, "setgroups", "deny", place)
-        _write(pid, f"{kind}_map", _map_text(mappings), place)
+        _write(pid, f"{kind}_map", map_text(mappings), place)
     else:
         program = f"new{kind}map"
-        words = [program, str(pid), *_map_text(mappings).split()]
+        words = [program, str(pid), *map_text(mappings).split()]
         try:
             done = wait(os.posix_spawnp(program, words, os.environ))
         except (FileNotFoundError, PermissionError):  # the latter by a folder of PATH that is closed
@@ -226,7 +227,8 @@ def _map_ids(pid: int, kind: str, mappings: tuple[IdMapping, ...], wait: Wait) -
             )
 
 
-def _map_text(mappings: tuple[IdMapping, ...]) -> str:
+def map_text(mappings: tuple[IdMapping, ...]) -> str:
+    """As the kernel takes it, in /proc/PID/uid_map."""
     return "".join(f"{each.container} {each.host} {each.size}\n" for each in mappings)
 
 

@@ -1,4 +1,4 @@
-"""The specification of a container, read and checked: version 1.0 to 1.2 of the OCI's runtime specification.
+"""The specification of a container, read and checked: version 1.0 to 1.3 of the OCI's runtime specification.
 
 Reading fails with SpecError where the document is wrong, with Unsupported where it asks for something that this
 engine does not do. Fields that the specification does not know are ignored, as it demands.
@@ -10,7 +10,7 @@ import posixpath
 
 from oci_engine import capabilities
 from oci_engine.errors import SpecError, Unsupported
-from oci_engine.linux_spec import Linux, read_linux
+from oci_engine.linux_spec import IdMapping, Linux, read_linux, read_mapping
 from oci_engine.reader import UINT32_MAX, UINT64_MAX, Reader
 from oci_engine.records import Record
 
@@ -47,6 +47,8 @@ class Mount(Record):
     source: str
     options: tuple[str, ...]
     place: str
+    uid_mappings: tuple[IdMapping, ...] = ()
+    gid_mappings: tuple[IdMapping, ...] = ()
 
 
 class User(Record):
@@ -76,7 +78,11 @@ class Scheduler(Record):
 
 
 class Process(Record):
-    """Capabilities are bit masks by the names of `capabilities.SETS`; None leaves them as the caller's are."""
+    """Capabilities are bit masks by the names of `capabilities.SETS`; None leaves them as the caller's are.
+
+    CPUs are for one more process in a container: before it is in the container's group and from then on; empty leaves
+    them alone.
+    """
 
     terminal: bool
     console_size: tuple[int, int] | None  # rows, columns
@@ -92,6 +98,11 @@ class Process(Record):
     oom_score_adj: int | None
     scheduler: Scheduler | None
     io_priority: int | None
+    unknown_capabilities: tuple[
+        str, ...
+    ]  # by their place; not granted, which the specification wants a warning for
+    exec_cpus_initial: frozenset[int]
+    exec_cpus_final: frozenset[int]
 
 
 class Hook(Record):
@@ -118,7 +129,7 @@ def read_spec(document: object) -> Spec:
     reader = Reader(document)
     version = reader.text("ociVersion")
     if version.partition(".")[0] != "1":
-        raise Unsupported("ociVersion", f"{version!r} is none of 1.0 to 1.2")
+        raise Unsupported("ociVersion", f"{version!r} is none of 1.0 to 1.3")
     reader.refuse(("vm",), "containers of virtual machines are not made here")
     root = reader.inner("root")
     process = read_process(reader.inner("process")) if reader.has("process") else None
@@ -140,7 +151,6 @@ def read_spec(document: object) -> Spec:
 def read_process(reader: Reader) -> Process:
     """Of a container's first process, or of one more. Raises SpecError, Unsupported."""
     reader.refuse(("commandLine",), "is for Windows")
-    reader.refuse(("execCPUAffinity",), "is not supported")
     args = reader.texts("args")
     if not args:
         raise SpecError(reader.at("args"), "must name a program")
@@ -148,6 +158,7 @@ def read_process(reader: Reader) -> Process:
     if not cwd.startswith("/"):
         raise SpecError(reader.at("cwd"), f"want an absolute path, got {cwd!r}")
     size = reader.inner("consoleSize")
+    cpus = reader.inner("execCPUAffinity")
     given = reader.inner("capabilities") if reader.has("capabilities") else None
     return Process(
         terminal=reader.flag("terminal"),
@@ -162,13 +173,31 @@ def read_process(reader: Reader) -> Process:
         user=_read_user(reader.inner("user")),
         rlimits=_read_rlimits(reader),
         capabilities={name: _read_set(given, name) for name in capabilities.SETS} if given else None,
+        unknown_capabilities=_unknown_capabilities(given) if given else (),
         no_new_privileges=reader.flag("noNewPrivileges"),
         apparmor_profile=reader.text("apparmorProfile", ""),
         selinux_label=reader.text("selinuxLabel", ""),
         oom_score_adj=reader.maybe_integer("oomScoreAdj", -1000, 1000),
         scheduler=_read_scheduler(reader.inner("scheduler")) if reader.has("scheduler") else None,
         io_priority=_read_io_priority(reader.inner("ioPriority")) if reader.has("ioPriority") else None,
+        exec_cpus_initial=_read_cpus(cpus, "initial"),
+        exec_cpus_final=_read_cpus(cpus, "final"),
     )
+
+
+def _read_cpus(reader: Reader, name: str) -> frozenset[int]:
+    """A list as the kernel has them: 0-3,7."""
+    found: set[int] = set()
+    text = reader.text(name, "")
+    for part in text.split(",") if text else ():
+        first, dash, last = part.strip().partition("-")
+        numbers = (first, last if dash else first)
+        if not all(each.isascii() and each.isdigit() and len(each) < 6 for each in numbers):
+            raise SpecError(reader.at(name), f"want numbers and ranges as in 0-3,7, got {text!r}")
+        found.update(range(int(numbers[0]), int(numbers[1]) + 1))
+    if text and not found:
+        raise SpecError(reader.at(name), f"has no CPU in it: {text!r}")
+    return frozenset(found)
 
 
 def _read_env(reader: Reader) -> tuple[str, ...]:
@@ -180,10 +209,15 @@ def _read_env(reader: Reader) -> tuple[str, ...]:
 
 
 def _read_mount(reader: Reader) -> Mount:
-    reader.refuse(("uidMappings", "gidMappings"), "mounts with ids mapped anew are not supported")
     destination = reader.text("destination")
     if not destination:
         raise SpecError(reader.at("destination"), "is empty")
+    uids, gids = (reader.objects(name, read_mapping) for name in ("uidMappings", "gidMappings"))
+    if bool(uids) != bool(gids):
+        raise SpecError(
+            reader.at("gidMappings" if uids else "uidMappings"),
+            "is missing, and the other one of the two is not",
+        )
     return Mount(
         # Paths that are not absolute were allowed by 1.0, and mean the same.
         destination=posixpath.normpath("/" + destination.lstrip("/")),
@@ -191,6 +225,8 @@ def _read_mount(reader: Reader) -> Mount:
         source=reader.text("source", ""),
         options=reader.texts("options"),
         place=reader.place,
+        uid_mappings=uids,
+        gid_mappings=gids,
     )
 
 
@@ -221,11 +257,16 @@ def _read_rlimits(reader: Reader) -> tuple[Rlimit, ...]:
 
 
 def _read_set(reader: Reader, name: str) -> int:
-    names = reader.texts(name)
-    for index, each in enumerate(names):
-        if not capabilities.is_known(each):
-            raise SpecError(f"{reader.at(name)}[{index}]", f"{each!r} is not a capability")
-    return capabilities.bits(names)
+    return capabilities.bits(tuple(each for each in reader.texts(name) if capabilities.is_known(each)))
+
+
+def _unknown_capabilities(reader: Reader) -> tuple[str, ...]:
+    return tuple(
+        f"{reader.at(name)}[{index}]: {each!r} is not a capability that is known here, and is not granted"
+        for name in capabilities.SETS
+        for index, each in enumerate(reader.texts(name))
+        if not capabilities.is_known(each)
+    )
 
 
 def _read_scheduler(reader: Reader) -> Scheduler:
@@ -271,9 +312,7 @@ def _check_namespaces(spec: Spec) -> None:
     if "mount" not in kinds:
         raise Unsupported("linux.namespaces", "a container without a mount namespace is not made here")
     if kinds["mount"]:
-        raise Unsupported(
-            "linux.namespaces", "joining a mount namespace is not supported; leave out its path"
-        )
+        _check_joined_mounts(spec)
     for name, value in (("hostname", spec.hostname), ("domainname", spec.domainname)):
         if value and "uts" not in kinds:
             raise SpecError(name, "would be the host's: the container has no UTS namespace")
@@ -282,16 +321,35 @@ def _check_namespaces(spec: Spec) -> None:
         raise SpecError("linux.uidMappings", "the container has no user namespace")
     if kinds.get("user") == "" and not (spec.linux.uid_mappings and spec.linux.gid_mappings):
         raise SpecError("linux.uidMappings", "a new user namespace needs uidMappings and gidMappings")
-    if kinds.get("user") and mapped:
-        raise SpecError("linux.uidMappings", "a user namespace that is joined has its mappings already")
+    for name, mappings in (
+        ("uidMappings", spec.linux.uid_mappings),
+        ("gidMappings", spec.linux.gid_mappings),
+    ):
+        if mappings and not any(each.container == 0 for each in mappings):
+            raise Unsupported(f"linux.{name}", "id 0 of the container, which sets it up, is not mapped")
     if spec.linux.time_offsets and kinds.get("time") != "":
         raise SpecError("linux.timeOffsets", "only a new time namespace can be given offsets")
+    if spec.linux.net_devices and "network" not in kinds:
+        raise SpecError("linux.netDevices", "the container has no network namespace")
     for key in spec.linux.sysctl:
         needed = sysctl_namespace(key)
         if needed is None:
             raise SpecError(f"linux.sysctl[{key!r}]", "belongs to no namespace and would be the host's")
         if needed not in kinds:
             raise SpecError(f"linux.sysctl[{key!r}]", f"the container has no {needed} namespace")
+
+
+def _check_joined_mounts(spec: Spec) -> None:
+    """A mount namespace that is joined stays as it is: its other processes would see every change."""
+    linux = spec.linux
+    changes = {
+        "root.readonly": spec.root.readonly, "mounts": spec.mounts, "linux.devices": linux.devices,
+        "linux.maskedPaths": linux.masked_paths, "linux.readonlyPaths": linux.readonly_paths,
+        "linux.rootfsPropagation": linux.rootfs_propagation,
+    }  # fmt: skip
+    for place, wanted in changes.items():
+        if wanted:
+            raise SpecError(place, "would change the mount namespace that the container joins; leave it out")
 
 
 _IPC_SYSCTLS = frozenset(

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     #: Returns the exit status of a child as shells tell it: 128 and the signal for one that was killed.
     #: Raises ChildProcessError when nobody knows.
     Wait = Callable[[int], int]
+    #: Is told what the specification wants a warning for.
+    Warn = Callable[[str], None]
 
 
 def wait_for_child(pid: int) -> int:

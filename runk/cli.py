@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
     log = Log(options.log, json_lines=options.log_format == "json", debug=options.debug)
     log.debug(" ".join(argv))
     try:
-        return _VERBS[options.verb](options, Engine(_root(options)), log)
+        return _VERBS[options.verb](options, Engine(_root(options), warn=log.warning), log)
     except CannotExecute as err:
         log.error(str(err))
         return err.status

@@ -8,6 +8,10 @@ import os
 from oci_engine.errors import SetupFailed
 from oci_engine.undo import suppress
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oci_engine.resources_spec import Memory
+
 
 def read(path: str) -> str:
     """Empty when the kernel does not have the file, or the group is gone."""
@@ -36,6 +40,17 @@ def pairs(path: str) -> dict[str, int]:
         if value.isdigit():
             found[name] = int(value)
     return found
+
+
+def check_usage(memory: Memory, path: str) -> None:
+    """Raises SetupFailed if a new limit would end processes at once, and that is not wanted. `path` has the usage."""
+    if memory.check_before_update and memory.limit and memory.limit > 0:
+        used = number(path)
+        if memory.limit < used:
+            raise SetupFailed(
+                f"linux.resources.memory.limit: {memory.limit} bytes are less than the {used} that are in use"
+                " (checkBeforeUpdate)"
+            )
 
 
 def write(path: str, value: str, what: str) -> None:

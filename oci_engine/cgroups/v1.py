@@ -65,11 +65,12 @@ class CgroupV1:
         if resources.pids_limit:
             limit = resources.pids_limit
             self._write("pids", "pids.max", str(limit) if limit > 0 else "max", "pids.limit")
-        if resources.block_weight:
-            self._write("blkio", self._weight_file(), str(resources.block_weight), "blockIO.weight")
+        self._limit_weights(resources)
         for each in resources.throttles:
             line = f"{each.major}:{each.minor} {each.rate}"
             self._write("blkio", f"blkio.throttle.{each.file}", line, f"blockIO ({each.file})")
+        for rdma in resources.rdma:
+            self._write("rdma", "rdma.max", rdma.line, f"rdma[{rdma.device!r}]")
         for size, limit in resources.hugepages:
             self._write("hugetlb", f"hugetlb.{size}.limit_in_bytes", str(limit), "hugepageLimits")
         if devices:
@@ -78,10 +79,20 @@ class CgroupV1:
             for file, line in device_rules.v1_lines(device_rules.complete(resources.devices)):
                 self._write("devices", file, line, "devices")
 
-    def _weight_file(self) -> str:
-        """Of the scheduler that this kernel has."""
-        path = self.paths.get("blkio", "")
-        return "blkio.bfq.weight" if os.path.exists(f"{path}/blkio.bfq.weight") else "blkio.weight"
+    def _limit_weights(self, resources: Resources) -> None:
+        """By the file of the scheduler that this kernel has; leaves were the old one's alone."""
+        bfq = os.path.exists(f"{self.paths.get('blkio', '')}/blkio.bfq.weight")
+        weight = "blkio.bfq.weight" if bfq else "blkio.weight"
+        if resources.block_weight:
+            self._write("blkio", weight, str(resources.block_weight), "blockIO.weight")
+        if resources.block_leaf_weight:
+            self._write("blkio", "blkio.leaf_weight", str(resources.block_leaf_weight), "blockIO.leafWeight")
+        for index, each in enumerate(resources.block_weights):
+            place, disk = f"blockIO.weightDevice[{index}]", f"{each.major}:{each.minor}"
+            if each.weight:
+                self._write("blkio", f"{weight}_device", f"{disk} {each.weight}", place)
+            if each.leaf_weight:
+                self._write("blkio", "blkio.leaf_weight_device", f"{disk} {each.leaf_weight}", place)
 
     def _write(self, controller: str, file: str, value: str, place: str) -> None:
         try:
@@ -124,6 +135,7 @@ class CgroupV1:
 
     def _limit_memory(self, memory: Memory) -> None:
         limit, swap = memory.limit, memory.swap
+        files.check_usage(memory, f"{self.paths.get('memory', '')}/memory.usage_in_bytes")
         entries = []
         if limit:
             entries.append(("memory.limit_in_bytes", str(limit), "memory.limit"))

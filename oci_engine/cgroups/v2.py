@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: What limits and statistics need; each makes every group more expensive.
 _CONTROLLERS = ("cpuset", "cpu", "io", "memory", "hugetlb", "pids")
+#: The kernel's list of files that whoever gets a group has to own.
+_DELEGATED = "/sys/kernel/cgroup/delegate"
 _FREEZE_TIMEOUT_S = 10.0
 DEFAULT_PERIOD_US = 100_000
 _THROTTLES = {
@@ -45,17 +47,26 @@ class CgroupV2:
         self.paths = {"": self._path}
 
     def create(self) -> None:
-        """Controllers are passed on down to it; one that the kernel keeps back does not cost the others."""
         folder = self._point
         for name in self._inner.split("/"):
-            available = files.read(f"{folder}/cgroup.controllers").split()
-            for controller in _CONTROLLERS:
-                if controller in available:
-                    with suppress(SetupFailed):
-                        files.write(f"{folder}/cgroup.subtree_control", f"+{controller}", "linux.cgroupsPath")
+            _pass_on(folder, _CONTROLLERS)
             folder = f"{folder}/{name}"
             with suppress(FileExistsError):
                 os.mkdir(folder)
+
+    def give_to(self, uid: int) -> None:
+        """Let a user of the host make groups below it, and move processes among them. The limits stay root's."""
+        names = files.read(_DELEGATED).split() or ["cgroup.procs", "cgroup.subtree_control", "cgroup.threads"]
+        os.chown(self._path, uid, -1)
+        for name in names:
+            with suppress(FileNotFoundError):  # of a controller that is not here
+                os.chown(f"{self._path}/{name}", uid, -1)
+
+    def _pass_down(self, controller: str) -> None:
+        folder = self._point
+        for name in self._inner.split("/"):
+            _pass_on(folder, (controller,))
+            folder = f"{folder}/{name}"
 
     def limit(self, resources: Resources, *, devices: bool = True) -> None:
         self._limit_cpu(resources.cpu)
@@ -63,12 +74,15 @@ class CgroupV2:
         if resources.pids_limit:
             limit = resources.pids_limit
             self._write("pids.max", str(limit) if limit > 0 else "max", "pids.limit")
-        if resources.block_weight:
-            self._limit_weight(resources.block_weight)
+        self._limit_weights(resources)
         for each in resources.throttles:
             self._write("io.max", _throttle_line(each), f"blockIO ({each.file})")
         for size, limit in resources.hugepages:
             self._write(f"hugetlb.{size}.max", str(limit), "hugepageLimits")
+        if resources.rdma:  # which few have
+            self._pass_down("rdma")
+        for rdma in resources.rdma:
+            self._write("rdma.max", rdma.line, f"rdma[{rdma.device!r}]")
         for name, value in resources.unified:
             self._write(name, value, f"unified[{name!r}]")
         if devices:
@@ -116,6 +130,7 @@ class CgroupV2:
             raise SetupFailed(
                 "linux.resources.memory.disableOOMKiller: not possible in version 2 of control groups"
             )
+        files.check_usage(memory, f"{self._path}/memory.current")
         if memory.swap:
             self._write("memory.swap.max", self._swap(memory), "memory.swap")
         if memory.limit:
@@ -135,11 +150,24 @@ class CgroupV2:
             )
         return str(memory.swap - limit)
 
-    def _limit_weight(self, weight: int) -> None:
-        if os.path.exists(f"{self._path}/io.bfq.weight"):
-            self._write("io.bfq.weight", str(weight), "blockIO.weight")
-        else:
-            self._write("io.weight", f"default {io_weight_of(weight)}", "blockIO.weight")
+    def _limit_weights(self, resources: Resources) -> None:
+        weights = [("default", resources.block_weight, "blockIO.weight")] if resources.block_weight else []
+        leaf = resources.block_leaf_weight
+        for index, each in enumerate(resources.block_weights):
+            leaf = leaf or each.leaf_weight
+            if each.weight:
+                weights.append((f"{each.major}:{each.minor}", each.weight, f"blockIO.weightDevice[{index}]"))
+        if leaf:
+            raise SetupFailed(
+                "linux.resources.blockIO.leafWeight: version 2 of control groups has no such weight"
+            )
+        if weights:
+            bfq = os.path.exists(f"{self._path}/io.bfq.weight")
+            for what, weight, place in weights:
+                if bfq:
+                    self._write("io.bfq.weight", f"{what} {weight}", place)
+                else:
+                    self._write("io.weight", f"{what} {io_weight_of(weight)}", place)
 
     def add(self, pid: int) -> None:
         files.write(f"{self._path}/cgroup.procs", str(pid), "linux.cgroupsPath")
@@ -182,6 +210,15 @@ class CgroupV2:
         from oci_engine.cgroups import v2_stats
 
         return v2_stats.read_all(self._path)
+
+
+def _pass_on(folder: str, controllers: tuple[str, ...]) -> None:
+    """Let the groups below have them; one that the kernel keeps back does not cost the others."""
+    available = files.read(f"{folder}/cgroup.controllers").split()
+    for controller in controllers:
+        if controller in available:
+            with suppress(SetupFailed):
+                files.write(f"{folder}/cgroup.subtree_control", f"+{controller}", "linux.cgroupsPath")
 
 
 def _bytes(value: int) -> str:

@@ -256,3 +256,45 @@ def test_sysctls(containers: Containers) -> None:
 
     _, output = containers.sh("cat /proc/sys/net/ipv4/ip_forward /proc/sys/kernel/shmmni", edit)
     assert output.split() == ["1", "1234"]
+
+
+def test_cpus_of_one_more_process(containers: Containers) -> None:
+    """Before it is in the container's group, and then; the container's first process is left alone."""
+    document = spec("sleep", "1000")
+    document["process"]["execCPUAffinity"] = {"initial": "0", "final": "0"}
+    container_id, pid = containers.running(document)
+    show = ("grep", "Cpus_allowed_list", "/proc/self/status")
+    everywhere = sorted(os.sched_getaffinity(0))
+    assert sorted(os.sched_getaffinity(pid)) == everywhere
+    assert containers.exec(container_id, *show)[1].split() == ["Cpus_allowed_list:", "0"]
+    last = str(everywhere[-1])
+    output = containers.exec(container_id, *show, execCPUAffinity={"initial": "0", "final": last})[1]
+    assert output.split()[1] == last
+    with pytest.raises(SetupFailed, match=r"process\.execCPUAffinity\.final: Invalid argument"):
+        containers.exec(container_id, "true", execCPUAffinity={"final": "9999"})
+    containers.engine.delete(container_id, force=True)
+    wait(pid)
+
+
+def test_a_mount_namespace_joined_by_path(containers: Containers) -> None:
+    """It is in the other's file system, with a group, rights and a name of its own."""
+    first, pid = containers.running()
+    document = spec("sh", "-c", "readlink /proc/self/ns/mnt; hostname; ls / | head -1; pwd; touch /x")
+    document |= {"mounts": [], "hostname": "second"}
+    document["root"]["readonly"] = False
+    document["process"]["cwd"] = "/etc"
+    document["linux"] = {
+        "namespaces": [
+            {"type": "mount", "path": f"/proc/{pid}/ns/mnt"},
+            {"type": "uts"},
+            {"type": "pid", "path": f"/proc/{pid}/ns/pid"},
+        ],
+        "resources": {},
+    }
+    status, output = containers.run(document)
+    lines = output.splitlines()
+    assert lines[:4] == [os.readlink(f"/proc/{pid}/ns/mnt"), "second", "bin", "/etc"]
+    assert "Read-only file system" in lines[4]
+    assert status == 1
+    containers.engine.delete(first, force=True)
+    wait(pid)

@@ -209,4 +209,4 @@ def test_spec_and_features(runk: Runk, tmp_path: Path) -> None:
     told = json.loads(runk("features").stdout)
     assert {"rbind", "rro", "noexec"} <= set(told["mountOptions"])
     assert told["linux"]["seccomp"]["enabled"] is True
-    assert told["linux"]["mountExtensions"]["idmap"]["enabled"] is False
+    assert told["linux"]["mountExtensions"]["idmap"]["enabled"] is True

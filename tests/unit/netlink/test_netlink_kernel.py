@@ -493,3 +493,31 @@ def test_interfaces_are_made_and_removed() -> None:
                 rtnl.delete_link(links["tap0"].ifindex)
 
     in_network_namespace(work)
+
+
+def test_an_interface_moves_to_another_network() -> None:
+    """What only was for a time, or is the interface's own, does not count as its addresses."""
+
+    def work() -> None:
+        with Rtnetlink() as rtnl:
+            a0 = two_pairs(rtnl)["a0"].ifindex
+            ip("addr add 10.9.0.1/24 dev a0")
+            ip("addr add fd09::1/64 dev a0 nodad")
+            ip("addr add fd09::2/64 dev a0 nodad valid_lft 500 preferred_lft 500")
+            lasting = [address.address for address in rtnl.lasting_addresses() if address.ifindex == a0]
+            assert lasting == ["10.9.0.1", "fd09::1"]
+            other = subprocess.Popen(["unshare", "--net", "sh", "-c", "echo; exec cat"], stdin=-1, stdout=-1)
+            assert other.stdout
+            other.stdout.readline()
+            try:
+                with open(f"/proc/{other.pid}/ns/net") as namespace:
+                    rtnl.move_link(a0, "eth0", namespace.fileno())
+                    assert "a0" not in {link.name for link in rtnl.links()}
+                    with pytest.raises(OSError, match="No such device"):
+                        rtnl.move_link(a0, "eth0", namespace.fileno())
+                shown = said("nsenter", f"--net=/proc/{other.pid}/ns/net", "ip", "-o", "link")
+                assert "eth0@" in shown
+            finally:
+                other.communicate()
+
+    in_network_namespace(work)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from oci_engine import making
 from oci_engine.cgroups.mounted import Hierarchy, hierarchies, is_unified, own_unified
 from oci_engine.cgroups.v1 import CgroupV1
 from oci_engine.cgroups.v2 import CgroupV2, io_weight_of, weight_of
 from oci_engine.errors import SetupFailed
-from oci_engine.resources_spec import Cpu, Memory, Resources, Throttle
+from oci_engine.resources_spec import Cpu, DeviceWeight, Memory, Rdma, Resources, Throttle
+from oci_engine.spec import read_spec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,6 +60,7 @@ def v2(tmp_path: Path) -> CgroupV2:
     for name in (
         "cpu.weight", "cpu.max", "cpu.max.burst", "cpu.idle", "cpuset.cpus", "cpuset.mems", "memory.max", "memory.low",
         "memory.swap.max", "pids.max", "io.max", "io.weight", "hugetlb.2MB.max", "memory.high",
+        "rdma.max",
     ):  # fmt: skip
         (tmp_path / "pod" / "c" / name).touch()
     return group
@@ -77,6 +81,7 @@ def test_limits_of_version_2(v2: CgroupV2, tmp_path: Path) -> None:
             throttles=(Throttle(file="write_bps_device", major=8, minor=16, rate=99),),
             hugepages=(("2MB", 4096),),
             unified=(("memory.high", "900"),),
+            rdma=(Rdma(device="mlx5_1", handles=3, objects=None),),
         ),
         devices=False,
     )
@@ -84,6 +89,7 @@ def test_limits_of_version_2(v2: CgroupV2, tmp_path: Path) -> None:
         "cpu.weight": "39", "cpu.max": "50000 200000", "cpu.max.burst": "7", "cpu.idle": "0", "cpuset.cpus": "0-1",
         "cpuset.mems": "0", "memory.max": "1000", "memory.low": "500", "memory.swap.max": "500", "pids.max": "12",
         "io.max": "8:16 wbps=99", "io.weight": "default 4950", "hugetlb.2MB.max": "4096", "memory.high": "900",
+        "rdma.max": "mlx5_1 hca_handle=3 hca_object=max",
     }  # fmt: skip
     assert {name: (tmp_path / "pod" / "c" / name).read_text() for name in expected} == expected
 
@@ -108,6 +114,11 @@ def test_no_limits_of_version_2(v2: CgroupV2, tmp_path: Path) -> None:
         (Resources(memory=Memory(limit=100, swap=50)), "memory.swap"),
         (Resources(cpu=Cpu(realtime_runtime=1)), "cpu.realtimeRuntime"),
         (Resources(hugepages=(("1GB", 0),)), "hugepageLimits"),
+        (Resources(block_leaf_weight=10), "blockIO.leafWeight"),
+        (
+            Resources(block_weights=(DeviceWeight(major=8, minor=0, weight=None, leaf_weight=9),)),
+            "blockIO.leafWeight",
+        ),
     ],
 )
 def test_what_version_2_cannot_do(v2: CgroupV2, resources: Resources, place: str) -> None:
@@ -177,3 +188,86 @@ def test_a_controller_that_is_missing(tmp_path: Path) -> None:
 def test_what_is_not_asked_for_is_not_touched(tmp_path: Path) -> None:
     v1(tmp_path).limit(Resources(pids_limit=0), devices=False)
     CgroupV2("/x", str(tmp_path)).limit(Resources(pids_limit=0), devices=False)
+
+
+WEIGHTS = Resources(
+    block_weight=100, block_weights=(DeviceWeight(major=8, minor=16, weight=500, leaf_weight=None),)
+)
+
+
+@pytest.mark.parametrize(("file", "last"), [("io.weight", "8:16 4950"), ("io.bfq.weight", "8:16 500")])
+def test_weights_of_disks(v2: CgroupV2, tmp_path: Path, file: str, last: str) -> None:
+    (tmp_path / "pod" / "c" / file).touch()
+    v2.limit(WEIGHTS, devices=False)
+    assert (tmp_path / "pod" / "c" / file).read_text() == last
+
+
+@pytest.mark.parametrize("name", ["blkio.weight", "blkio.bfq.weight"])
+def test_weights_of_disks_in_version_1(tmp_path: Path, name: str) -> None:
+    group = v1(tmp_path, "blkio")
+    group.create()
+    folder = tmp_path / "blkio" / "a" / "b"
+    for file in (name, f"{name}_device", "blkio.leaf_weight", "blkio.leaf_weight_device"):
+        (folder / file).touch()
+    group.limit(
+        Resources(
+            block_weight=100,
+            block_leaf_weight=200,
+            block_weights=(DeviceWeight(major=8, minor=16, weight=500, leaf_weight=600),),
+        ),
+        devices=False,
+    )
+    assert [(folder / file).read_text() for file in (name, f"{name}_device")] == ["100", "8:16 500"]
+    assert (folder / "blkio.leaf_weight").read_text() == "200"
+    assert (folder / "blkio.leaf_weight_device").read_text() == "8:16 600"
+
+
+def test_a_limit_below_what_is_used_is_refused_if_that_is_wished(v2: CgroupV2, tmp_path: Path) -> None:
+    group = v1(tmp_path, "memory")
+    group.create()
+    one, two = tmp_path / "memory" / "a" / "b", tmp_path / "pod" / "c"
+    (one / "memory.limit_in_bytes").touch()
+    for file in (one / "memory.usage_in_bytes", two / "memory.current"):
+        file.write_text("1000\n")
+    for each in (group, v2):
+        each.limit(Resources(memory=Memory(limit=1000, check_before_update=True)), devices=False)
+        with pytest.raises(
+            SetupFailed, match=r"memory\.limit: 999 bytes are less than the 1000 that are in use"
+        ):
+            each.limit(Resources(memory=Memory(limit=999, check_before_update=True)), devices=False)
+        each.limit(Resources(memory=Memory(limit=999)), devices=False)
+    assert (two / "memory.max").read_text() == (one / "memory.limit_in_bytes").read_text() == "999"
+
+
+def test_a_group_for_the_user_of_a_user_namespace(
+    v2: CgroupV2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, int]] = []
+    monkeypatch.setattr(os, "chown", lambda path, uid, gid: given.append((os.path.basename(path), uid)))
+    v2.give_to(100_007)
+    assert ("c", 100_007) in given
+    assert ("cgroup.procs", 100_007) in given
+    assert not [name for name, _ in given if name.endswith((".max", ".weight"))]
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds", "uid", "owner"),
+    [
+        ((), ("user", "cgroup"), 7, 100_007), (("ro",), ("user", "cgroup"), 7, None), ((), ("user",), 7, None),
+        ((), ("user", "cgroup"), 70_000, None),
+    ],
+)  # fmt: skip
+def test_who_gets_a_group(
+    options: tuple[str, ...], kinds: tuple[str, ...], uid: int, owner: int | None
+) -> None:
+    mapping = [{"containerID": 0, "hostID": 100_000, "size": 65_536}]
+    document = {
+        "ociVersion": "1.0.2", "root": {"path": "rootfs"},
+        "process": {"args": ["sh"], "cwd": "/", "user": {"uid": uid, "gid": 0}},
+        "mounts": [{"destination": "/sys/fs/cgroup", "type": "cgroup", "options": list(options)}],
+        "linux": {
+            "namespaces": [{"type": kind} for kind in ("mount", *kinds)],
+            "uidMappings": mapping, "gidMappings": mapping,
+        },
+    }  # fmt: skip
+    assert making._owner_of_group(read_spec(document)) == owner

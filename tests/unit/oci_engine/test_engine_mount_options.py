@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from oci_engine.errors import SpecError, Unsupported
 from oci_engine.linux import MS_PRIVATE, MS_SHARED, MS_SLAVE
+from oci_engine.linux_spec import IdMapping
 from oci_engine.mount_options import (
     ATIME,
     NOATIME,
@@ -20,6 +21,7 @@ from oci_engine.mount_options import (
     parse_options,
 )
 from oci_engine.planner import plan_mount
+from oci_engine.records import replace
 from oci_engine.spec import Mount
 
 PAIRS = {"ro": "rw", "nosuid": "suid", "nodev": "dev", "noexec": "exec", "nosymfollow": "symfollow"}
@@ -77,7 +79,7 @@ def test_every_word_is_an_option_or_the_file_systems(words: list[str]) -> None:
 
 def test_known_words() -> None:
     assert {"rro", "rnosymfollow", "rshared", "bind", "tmpcopyup", "lazytime"} <= set(known_words())
-    assert "idmap" not in known_words()
+    assert {"idmap", "ridmap"} <= set(known_words())
     assert parse_options(("rshared",)).propagation == ((MS_SHARED, True),)
 
 
@@ -91,7 +93,7 @@ def test_sources_of_binds_are_relative_to_the_bundle() -> None:
     assert plan_mount(mount(kind="tmpfs"), "/bundle").source == "src"
 
 
-@pytest.mark.parametrize("word", ["idmap", "ridmap", "copy-symlink"])
+@pytest.mark.parametrize("word", ["copy-symlink"])
 def test_options_that_are_refused(word: str) -> None:
     with pytest.raises(Unsupported, match=rf"mounts\[3\]\.options: {word} is not supported"):
         plan_mount(mount("bind", word), "/")
@@ -105,8 +107,62 @@ def test_options_that_are_refused(word: str) -> None:
         (mount("bind", "tmpcopyup"), "tmpcopyup is for tmpfs"),
         (mount("tmpcopyup", kind="proc"), "tmpcopyup is for tmpfs"),
         (mount("ro"), "type: is missing"),
+        (mount("bind", "idmap"), "idmap needs uidMappings and gidMappings"),
+        (mount("idmap", kind="tmpfs"), "in binds alone"),
+        (mount("bind", "remount", "ridmap"), "in binds alone"),
     ],
 )
 def test_mounts_that_make_no_sense(wrong: Mount, words: str) -> None:
     with pytest.raises(SpecError, match=words):
         plan_mount(wrong, "/")
+
+
+ONE = (IdMapping(container=0, host=1, size=1),)
+
+
+@pytest.mark.parametrize(
+    ("words", "mappings", "maps_users", "wanted"),
+    [
+        (("bind",), ONE, False, "idmap"), (("rbind", "idmap"), ONE, True, "idmap"),
+        (("bind", "idmap"), (), True, "idmap"),
+        (("rbind", "ridmap"), (), True, "ridmap"), (("rbind", "ridmap", "idmap"), ONE, False, "ridmap"),
+        (("rbind",), (), True, ""),
+    ],
+)  # fmt: skip
+def test_when_ids_are_mapped_anew(
+    words: tuple[str, ...], mappings: tuple[IdMapping, ...], maps_users: bool, wanted: str
+) -> None:
+    mapped = replace(mount(*words), uid_mappings=mappings, gid_mappings=mappings)
+    assert plan_mount(mapped, "/", maps_users=maps_users).options.idmap == wanted
+
+
+WORDS = [
+    word for word in known_words() if word not in ("bind", "rbind", "remount", "tmpcopyup", "idmap", "ridmap")
+]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=10), st.lists(st.sampled_from(WORDS), max_size=10))
+def test_later_words_say_the_last_about_what_they_are_about(first: list[str], then: list[str]) -> None:
+    """What a list of words means does not depend on what stood before it, where it says something itself."""
+    both, alone = parse_options((*first, *then)), parse_options(tuple(then))
+    for kind in ("attributes", "recursive_attributes"):
+        whole, last = getattr(both, kind), getattr(alone, kind)
+        about = last.set | last.clear
+        assert whole.set & about == last.set
+        assert (whole.set | whole.clear) & about == about
+        # What the kernel refuses: to set a bit and to clear it, unless it is a field's.
+        assert whole.set & whole.clear & ~ATIME == 0
+        assert not whole.set & ATIME or whole.clear & ATIME == ATIME
+    assert both.propagation[len(both.propagation) - len(alone.propagation) :] == alone.propagation
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=10))
+def test_words_about_all_below_are_those_about_one_with_a_letter_before(words: list[str]) -> None:
+    plain = [word for word in words if f"r{word}" in WORDS]
+    whole = parse_options(tuple(f"r{word}" for word in plain))
+    assert whole.recursive_attributes == parse_options(tuple(plain)).attributes
+    assert [flag for flag, _ in whole.propagation] == [
+        flag for flag, _ in parse_options(tuple(plain)).propagation
+    ]
+    assert all(below for _, below in whole.propagation)
+    assert not whole.attributes

@@ -33,7 +33,7 @@ def test_rules_make_a_difference() -> None:
 @pytest.mark.parametrize("action", sorted(ACTIONS))
 def test_every_action(action: str) -> None:
     default = "SCMP_ACT_ALLOW" if action != "SCMP_ACT_ALLOW" else "SCMP_ACT_LOG"
-    assert program(defaultAction=default, syscalls=[rule("mkdirat", action)])
+    assert program(defaultAction=default, syscalls=[rule("mkdirat", action)], listenerPath="/x")
 
 
 @pytest.mark.parametrize("operator", sorted(OPERATORS))
@@ -58,3 +58,21 @@ def test_architectures() -> None:
     with pytest.raises(SetupFailed, match=r"linux\.seccomp: architecture s390x"):
         program(architectures=["SCMP_ARCH_S390X"])
     assert "SCMP_ARCH_AARCH64" in ARCHITECTURES
+
+
+@pytest.mark.parametrize(
+    ("asks", "flags", "wanted"),
+    [
+        (True, (), 8), (True, ("TSYNC", "LOG"), 8 | 2), (True, ("WAIT_KILLABLE_RECV", "SPEC_ALLOW"), 8 | 32 | 4),
+        (False, ("WAIT_KILLABLE_RECV", "TSYNC"), 1), (False, (), 0),
+    ],
+)  # fmt: skip
+def test_flags(asks: bool, flags: tuple[str, ...], wanted: int) -> None:
+    """What the kernel takes together: a listener goes with no other threads, and only a listener keeps one waiting."""
+    document = {
+        **ALLOW, "listenerPath": "/x", "flags": [f"SECCOMP_FILTER_FLAG_{name}" for name in flags],
+        "syscalls": [rule("mkdir", "SCMP_ACT_NOTIFY")] if asks else [],
+    }  # fmt: skip
+    read = read_seccomp(Reader(document))
+    assert read.flags == wanted
+    assert bool(read.listener_path) == asks

@@ -40,7 +40,7 @@ def test_default_specification() -> None:
     assert spec.root.readonly
 
 
-@pytest.mark.parametrize("version", ["1.0.0", "1.0.2-dev", "1.1.0", "1.2.1"])
+@pytest.mark.parametrize("version", ["1.0.0", "1.0.2-dev", "1.1.0", "1.2.1", "1.3.0"])
 def test_versions(version: str) -> None:
     assert read_spec(changed("ociVersion", version)).version == version
 
@@ -60,12 +60,6 @@ WRONG: list[tuple[str, object, str, str]] = [
     ("process.user.uid", True, "process.user.uid", "want a whole number, got a boolean"),
     ("process.user.uid", 1.5, "process.user.uid", "want a whole number, got 1.5"),
     ("process.user.additionalGids", [1, 2**32], "process.user.additionalGids[1]", "want a number"),
-    (
-        "process.capabilities.bounding",
-        ["CAP_NONE"],
-        "process.capabilities.bounding[0]",
-        "is not a capability",
-    ),
     ("process.rlimits.0.type", "RLIMIT_NONE", "process.rlimits[0].type", "want one of RLIMIT_AS"),
     ("process.rlimits.0.soft", 4096, "process.rlimits[0].soft", "4096 is above the hard limit 1024"),
     ("process.oomScoreAdj", 1001, "process.oomScoreAdj", "want a number from -1000 to 1000"),
@@ -126,6 +120,41 @@ WRONG: list[tuple[str, object, str, str]] = [
 ]
 
 
+ONE = [{"containerID": 0, "hostID": 1, "size": 1}]
+NOTIFY = [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}]
+WRONG += [
+    ("mounts.0.uidMappings", ONE, "mounts[0].gidMappings", "is missing"),
+    ("mounts.0.gidMappings", ONE, "mounts[0].uidMappings", "is missing"),
+    ("linux.netDevices", {"eth/0": {}}, "linux.netDevices.eth/0", "is no name of an interface"),
+    ("linux.netDevices", {"eth0": {"name": "x" * 16}}, "linux.netDevices.eth0", "is no name of an interface"),
+    ("linux.netDevices", {"a": {"name": "b"}, "b": {}}, "linux.netDevices.b", "two interfaces are to be called 'b'"),
+    ("process.execCPUAffinity", {"initial": "0-x"}, "process.execCPUAffinity.initial", "want numbers and ranges"),
+    ("process.execCPUAffinity", {"final": "3-1"}, "process.execCPUAffinity.final", "has no CPU in it"),
+    ("process.execCPUAffinity", {"final": "99999999999"}, "process.execCPUAffinity.final", "want numbers"),
+    ("linux.resources.rdma", {"x": {}}, "linux.resources.rdma.x.hcaHandles", "one of them is needed"),
+    ("linux.resources.rdma", {"x y": {"hcaHandles": 1}}, "linux.resources.rdma.x y", "is no name"),
+    ("linux.resources.rdma", {"x": {"hcaHandles": -1}}, "linux.resources.rdma.x.hcaHandles", "want a number from 0"),
+    (
+        "linux.resources.blockIO", {"weightDevice": [{"major": 8, "minor": 0}]},
+        "linux.resources.blockIO.weightDevice[0].weight", "one of them is needed",
+    ),
+    ("linux.resources.blockIO", {"leafWeight": 1001}, "linux.resources.blockIO.leafWeight", "want a number from 0"),
+    ("linux.resources.memory", {"checkBeforeUpdate": 1}, "linux.resources.memory.checkBeforeUpdate", "want true"),
+    (
+        "linux.seccomp", {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": NOTIFY},
+        "linux.seccomp.listenerPath", "SCMP_ACT_NOTIFY needs a program to ask",
+    ),
+    (
+        "linux.seccomp", {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": NOTIFY, "listenerPath": "rel"},
+        "linux.seccomp.listenerPath", "want an absolute path",
+    ),
+    (
+        "linux.seccomp", {"defaultAction": "SCMP_ACT_ALLOW", "listenerMetadata": "x"},
+        "linux.seccomp.listenerMetadata", "listenerPath is missing",
+    ),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(("path", "value", "place", "words"), WRONG)
 def test_wrong_values(path: str, value: object, place: str, words: str) -> None:
     with pytest.raises(SpecError) as caught:
@@ -137,28 +166,28 @@ def test_wrong_values(path: str, value: object, place: str, words: str) -> None:
 REFUSED: list[tuple[str, object, str]] = [
     ("ociVersion", "2.0.0", "ociVersion"),
     ("vm", {"kernel": {"path": "/x"}}, "vm"),
-    ("process.execCPUAffinity", {"initial": "0"}, "process.execCPUAffinity"),
     ("process.user.username", "root", "process.user.username"),
-    ("mounts.0.uidMappings", [{"containerID": 0, "hostID": 1, "size": 1}], "mounts[0].uidMappings"),
     ("linux.intelRdt", {"closID": "x"}, "linux.intelRdt"),
-    ("linux.netDevices", {"eth0": {}}, "linux.netDevices"),
     ("linux.namespaces", [], "linux.namespaces"),
-    ("linux.namespaces", [{"type": "mount", "path": "/x"}], "linux.namespaces"),
     ("linux.personality", {"domain": "LINUX", "flags": ["X"]}, "linux.personality.flags"),
     ("linux.resources.network", {"classID": 1}, "linux.resources.network"),
-    ("linux.resources.rdma", {"x": {}}, "linux.resources.rdma"),
-    ("linux.resources.blockIO", {"leafWeight": 10}, "linux.resources.blockIO.leafWeight"),
     ("linux.seccomp", {"defaultAction": "SCMP_ACT_NOTIFY"}, "linux.seccomp.defaultAction"),
     (
         "linux.seccomp",
-        {"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/x"},
-        "linux.seccomp.listenerPath",
+        {
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "listenerPath": "/x",
+            "syscalls": [{"names": ["read", "write"], "action": "SCMP_ACT_NOTIFY"}],
+        },
+        "linux.seccomp.syscalls[0].names",
     ),
     (
         "linux.seccomp",
-        {"defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]},
+        {"defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_NEW_ONE"]},
         "linux.seccomp.flags[0]",
     ),
+    ("linux.memoryPolicy", {"mode": "MPOL_BIND"}, "linux.memoryPolicy"),
+    ("linux.uidMappings", [{"containerID": 1, "hostID": 1, "size": 1}], "linux.uidMappings"),
 ]
 
 
@@ -167,6 +196,9 @@ def test_refused_by_name(path: str, value: object, place: str) -> None:
     document = changed(path, value)
     if path == "linux.namespaces":
         document["hostname"] = ""
+    if path == "linux.uidMappings":
+        document["linux"]["gidMappings"] = [{"containerID": 0, "hostID": 1, "size": 1}]
+        document["linux"]["namespaces"].append({"type": "user"})
     with pytest.raises(Unsupported) as caught:
         read_spec(document)
     assert caught.value.place == place
@@ -184,6 +216,15 @@ def test_what_the_specification_does_not_know_is_ignored() -> None:
     document = changed("linux.something", {"new": 1})
     document["process"]["more"] = [1]
     read_spec(document)
+
+
+def test_capabilities_that_nobody_knows_are_named_and_not_granted() -> None:
+    process = read_spec(changed("process.capabilities", {"bounding": ["CAP_CHOWN", "CAP_NEW"]})).process
+    assert process is not None
+    assert process.capabilities is not None
+    assert process.capabilities["bounding"] == 1
+    (told,) = process.unknown_capabilities
+    assert told.startswith("process.capabilities.bounding[1]: 'CAP_NEW' is not a capability")
 
 
 def test_null_is_not_there() -> None:
@@ -234,3 +275,32 @@ PLACES = [
 def test_whatever_stands_somewhere_is_read_or_complained_of(place: str, value: object) -> None:
     with suppress(SpecError):
         read_spec(changed(place, value))
+
+
+JOINED: dict[str, Any] = {
+    "ociVersion": "1.0.2", "root": {"path": "rootfs"}, "process": {"args": ["sh"], "cwd": "/"},
+    "linux": {"namespaces": [{"type": "mount", "path": "/proc/1/ns/mnt"}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("part", "place"),
+    [
+        ({"mounts": [{"destination": "/x", "type": "tmpfs"}]}, "mounts"),
+        ({"root": {"path": "rootfs", "readonly": True}}, "root.readonly"),
+        ({"linux": JOINED["linux"] | {"maskedPaths": ["/x"]}}, "linux.maskedPaths"),
+        ({"linux": JOINED["linux"] | {"devices": [{"path": "/x", "type": "p"}]}}, "linux.devices"),
+    ],
+)
+def test_a_mount_namespace_that_is_joined_stays_as_it_is(part: dict[str, Any], place: str) -> None:
+    read_spec(JOINED)
+    with pytest.raises(SpecError, match=f"{place}: would change the mount namespace"):
+        read_spec(JOINED | part)
+
+
+def test_interfaces_need_a_network() -> None:
+    document = changed("linux.netDevices", {"eth0": {}})
+    assert read_spec(document).linux.net_devices == (("eth0", "eth0"),)
+    document["linux"]["namespaces"] = [{"type": "mount"}, {"type": "uts"}]
+    with pytest.raises(SpecError, match=r"linux\.netDevices: the container has no network namespace"):
+        read_spec(document)
