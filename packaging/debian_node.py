@@ -37,8 +37,6 @@ MODULES = (
     *("overlay", "loop", "ext4", "xfs", "erofs", "dm_mod", "dm_thin_pool", "dm_snapshot", "dm_verity"),
     # KVM, by the SVM that QEMU emulates.
     *("kvm", "kvm_amd"),
-    # Devices that guests are given.
-    *("vfio_iommu_type1", "vfio_pci"),
     # The kernel's own parts of guests' devices.
     *("tun", "vhost_net", "vhost_vsock"),
     # Links, and what carries packets between a link and a guest.

@@ -44,10 +44,10 @@ DISABLED_PLUGINS = (
     "io.containerd.tracing.processor.v1.otlp",
     "io.containerd.snapshotter.v1.aufs",
     "io.containerd.snapshotter.v1.btrfs",
-    "io.containerd.snapshotter.v1.devmapper",
     "io.containerd.snapshotter.v1.zfs",
 )
 _BLOCKFILE = "io.containerd.snapshotter.v1.blockfile"
+_DEVMAPPER = "io.containerd.snapshotter.v1.devmapper"
 
 
 class ContainerdError(Exception):
@@ -109,6 +109,7 @@ class PrivateContainerd:
     inherit. With `cri` it speaks Kubernetes' interface on its socket as well. `scratch` is an image with an empty file
     system: the snapshotter `blockfile`, of containerd 1.7 and later, copies it for each snapshot. With `erofs` layers
     are unpacked as the snapshotter of that name wants them, of 2.1 and later, where there is the program for it.
+    `thin_pool` is the name of a pool of the device mapper, in which the snapshotter `devmapper` then has its snapshots.
     """
 
     folder: Path
@@ -119,6 +120,7 @@ class PrivateContainerd:
     cri: cri_config.CriConfig | None = None
     scratch: Path | None = None
     erofs: bool = False
+    thin_pool: str = ""
 
     @property
     def socket(self) -> Path:
@@ -244,6 +246,8 @@ class PrivateContainerd:
         disabled = (*DISABLED_PLUGINS, *(() if self.cri else cri_config.PLUGINS))
         if self.scratch is None:
             disabled = (*disabled, _BLOCKFILE)
+        if not self.thin_pool:
+            disabled = (*disabled, _DEVMAPPER)
         return "\n".join(
             [
                 f"version = {version}",
@@ -255,6 +259,7 @@ class PrivateContainerd:
                 self.cri.render(version) if self.cri else "",
                 *self._blockfile(),
                 *self._erofs(),
+                *self._devmapper(),
                 "",
             ]
         )
@@ -277,6 +282,16 @@ class PrivateContainerd:
     def makes_erofs(self) -> bool:
         """Whether there is the program that makes images with erofs."""
         return shutil.which("mkfs.erofs", path=self._path()) is not None
+
+    def _devmapper(self) -> list[str]:
+        if not self.thin_pool:
+            return []
+        return [
+            f'[plugins."{_DEVMAPPER}"]',
+            f"  root_path = {json.dumps(str(self.folder / 'devmapper'))}",
+            f"  pool_name = {json.dumps(self.thin_pool)}",
+            '  base_image_size = "64MB"',
+        ]
 
     def generation(self) -> int:
         """The first number of containerd's version. Raises ContainerdError when it does not tell."""

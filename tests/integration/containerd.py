@@ -165,8 +165,9 @@ class Containerd:
 
 
 @contextmanager
-def running(namespace: str) -> Iterator[Containerd]:
-    """A private containerd with the image imported; it and all it started end with the block."""
+def running(namespace: str, *, thin_pool: str = "") -> Iterator[Containerd]:
+    """A private containerd with the image imported; it and all it started end with the block. With a `thin_pool` of the
+    device mapper all its snapshots are there."""
     if os.geteuid() != 0:
         pytest.skip("containerd and QEMU with shared directories need root")
     for path, target in ((GUEST / "manifest.json", "guest"), (IMAGE_ARCHIVE, "image")):
@@ -187,10 +188,11 @@ def running(namespace: str) -> Iterator[Containerd]:
         log_level=os.environ.get("KATA_PY_TEST_LOG_LEVEL", "info"),
         scratch=scratch,
         erofs=True,
+        thin_pool=thin_pool,
     )
     try:
         server.start()
-        snapshotter = server.snapshotter()
+        snapshotter = "devmapper" if thin_pool else server.snapshotter()
         server.import_image(IMAGE_ARCHIVE, snapshotter=snapshotter, namespace=namespace)
         yield Containerd(server=server, namespace=namespace, snapshotter=snapshotter, config=config)
     finally:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tests.integration.containerd import Containerd
 
+OUTSIDE = "kpoutside"
 WORDS = "over the interface"
 # <linux/if_link.h>: attributes and modes of netkit, and of what an interface of any kind may be told.
 PEER_INFO, MODE = 1, 5
@@ -34,6 +35,8 @@ class Kind(NamedTuple):
     link: str = ""
     mode: int = L2
     own_end: str = "{peer}"
+    routed: bool = False
+    """Whether the host itself stands between the pod and the other end, which then is in a namespace of its own."""
 
 
 KINDS = (
@@ -41,6 +44,7 @@ KINDS = (
     Kind("vlan", "link {parent} name {inner} netns {netns} type vlan id 5", own_end="{peer}.5"),
     Kind("macvlan", "link {parent} name {inner} netns {netns} type macvlan mode bridge"),
     Kind("ipvlan", "link {parent} name {inner} netns {netns} type ipvlan mode l2"),
+    Kind("ipvlan-l3", "link {parent} name {inner} netns {netns} type ipvlan mode l3", routed=True),
     Kind("netkit", own_end="{parent}"),
     Kind("netkit-l3", mode=L3, own_end="{parent}"),
 )
@@ -87,11 +91,25 @@ def connect(kind: Kind, number: int, namespace: Namespace) -> None:
     namespace.ip(f"address add {guest}/24 dev {inner}")
     namespace.ip(f"link set {inner} up")
     own_end = kind.own_end.format(**words)
-    if own_end:
+    if kind.routed:
+        route(parent, own_end, number)
+    elif own_end:
         if own_end.endswith(".5"):
             ip(f"link add link {peer} name {own_end} type vlan id 5")
             ip(f"link set {own_end} up")
         ip(f"address add {host}/24 dev {own_end}")
+
+
+def route(parent: str, own_end: str, number: int) -> None:
+    """Moves the cable's other end away. Nobody answers there, or here, when asked for a MAC address."""
+    host, guest = addresses(number)
+    mac, other_mac = (ip(f"-br link show {name}").split()[2] for name in (parent, own_end))
+    ip(f"link set {own_end} netns {OUTSIDE}")
+    ip(f"-n {OUTSIDE} link set {own_end} up")
+    ip(f"-n {OUTSIDE} address add {host}/24 dev {own_end}")
+    ip(f"-n {OUTSIDE} neighbour add {guest} lladdr {mac} dev {own_end} nud permanent")
+    ip(f"route add {host}/32 dev {parent}")
+    ip(f"neighbour add {host} lladdr {other_mac} dev {parent} nud permanent")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +117,7 @@ def pod(containerd: Containerd) -> Iterator[Pod]:
     """With one interface of each kind that this kernel has."""
     namespace = Namespace("kpkinds")
     ip(f"netns add {namespace.name}")
+    ip(f"netns add {OUTSIDE}")
     try:
         missing = {}
         for number, kind in enumerate(KINDS):
@@ -116,6 +135,7 @@ def pod(containerd: Containerd) -> Iterator[Pod]:
     finally:
         for cable in namespace.cables:
             subprocess.run(["ip", "link", "delete", cable], check=False, capture_output=True)
+        ip(f"netns delete {OUTSIDE}")
         ip(f"netns delete {namespace.name}")
 
 
@@ -130,6 +150,8 @@ def test_a_kind(containerd: Containerd, pod: Pod, kind: Kind) -> None:
         return
     done = containerd.exec(pod.container, "ping", "-c", "1", "-W", "10", host)
     assert done.returncode == 0, done.stdout + in_guest(containerd, pod.container, "ip", "address")
+    if kind.routed:
+        return
     wait_for(containerd, pod.container, "wget -q -O - http://127.0.0.1:8080/page")
     with urllib.request.urlopen(f"http://{guest}:8080/page", timeout=60) as answer:
         assert answer.read().decode() == f"{WORDS}\n"

@@ -84,6 +84,7 @@ def test_what_netlink_asks_of_the_kernel(node: Node) -> None:
         ("test_kernels_devices", ""),
         ("test_containers_cgroup", ""),
         ("test_network_kinds", ""),
+        ("test_devmapper", ""),
     ],
 )
 def test_sandboxes(node: Node, module: str, which: str) -> None:
