@@ -78,6 +78,10 @@ def test_what_netlink_asks_of_the_kernel(node: Node) -> None:
     run_tests(node, "tests/unit/netlink/test_netlink_kernel.py", "tests/unit/shim/test_shim_network.py")
 
 
+def test_what_port_forward_asks_of_the_kernel(node: Node) -> None:
+    run_tests(node, "tests/unit/shim/test_shim_port_forward.py")
+
+
 @pytest.mark.parametrize(
     ("module", "which"),
     [
@@ -103,6 +107,7 @@ def test_check_tells_what_is_there(node: Node) -> None:
         ("ok", "acceleration", "kvm"),
         ("ok", "vsock", "vhost"),
         ("ok", "network", "packets are carried by the kernel (vhost-net)"),
+        ("ok", "port-forward", "reaches guests"),
         ("ok", "control groups", "version 2"),
     }, done.output
     assert not re.search("^(missing|warning)", done.output, re.MULTILINE), done.output
