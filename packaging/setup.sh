@@ -28,7 +28,7 @@ packages() {
         # A whole machine is booted with this host's files: its init, its control groups, its device mapper.
         echo systemd dbus dmsetup
         # Callers of the shim and of runk beside containerd; the command line of Docker is a package of its own since 13.
-        echo docker.io
+        echo docker.io podman
         if [ "$release" != 12 ]; then echo docker-cli; fi
         # Guests of other architectures are emulated.
         echo qemu-system-arm

@@ -141,6 +141,7 @@ def test_what_only_tests_need_is_for_who_asks(system: FakeSystem, version: str, 
             "dbus",
             "dmsetup",
             "docker.io",
+            "podman",
         }
         | ({"qemu-utils", "erofs-utils", "docker-cli"} if version != "12" else set())
     )
