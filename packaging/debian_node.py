@@ -63,6 +63,7 @@ MODULES = (
         "xt_conntrack",
     ),
 )
+#: The checkout, of which the kernel's command line tells, may be below one of the folders that are empty here.
 INIT = f"""\
 #!/busybox sh
 /busybox mkdir /bin
@@ -76,8 +77,12 @@ mount -t virtiofs -o ro {TAG} /shared
 mount -t tmpfs -o mode=755,size=80% written /written
 mkdir /written/upper /written/work
 mount -t overlay -o lowerdir=/shared,upperdir=/written/upper,workdir=/written/work root /root
+mkdir /checkout
+mount --bind /root$checkout /checkout
 mount -t tmpfs -o mode=1777,size=80% tmp /root/tmp
 mount -t tmpfs -o mode=755 run /root/run
+mkdir -p /root$checkout
+mount --move /checkout /root$checkout
 cp /*.service /*.target /root/etc/systemd/system/
 rm -f /root/.dockerenv
 for place in proc sys dev; do mount --move /$place /root/$place; done

@@ -52,7 +52,7 @@ def test_a_program_answers(
     )  # fmt: skip
     container_id, pid, output = containers.create(document)
     # All is said before the start.
-    (state,) = supervisor.states
+    (state,) = supervisor.states(1)
     assert supervisor.more == [b""]
     assert (state["pid"], state["metadata"], state["fds"]) == (pid, "opaque", ["seccompFd"])
     told: dict[str, Any] = state["state"]
@@ -72,7 +72,7 @@ def test_one_more_process_has_its_own_listener(containers: Containers, superviso
     container_id, pid = containers.running(asking(supervisor.path, "sleep", "1000"))
     status, output = containers.exec(container_id, "mkdir", "/tmp/x")
     assert (status, "Name not unique on network" in output) == (1, True)
-    first, second = supervisor.states
+    first, second = supervisor.states(2)
     assert (first["pid"], first["state"]["status"]) == (pid, "creating")
     assert second["pid"] != pid
     assert (second["state"]["pid"], second["state"]["status"]) == (pid, "running")
@@ -90,5 +90,5 @@ def test_path_without_a_rule_that_asks(containers: Containers, supervisor: Super
     document = asking(supervisor.path, "true")
     document["linux"]["seccomp"]["syscalls"] = []
     assert containers.run(document) == (0, "")
-    assert supervisor.states == []
+    assert supervisor.states(0) == []
     assert os.path.exists(supervisor.path)

@@ -198,6 +198,7 @@ def _qemu(folder: Path, console: Path) -> list[str]:
         "cryptomgr.notests",
     ]
     unit = ["systemd.unit=node.target", "systemd.show_status=0", f"servant={servant.__file__}"]
+    unit.append(f"checkout={REPOSITORY}")
     return [
         "qemu-system-x86_64",
         *("-M", "q35,memory-backend=memory", "-accel", "tcg,thread=multi,tb-size=1024"),

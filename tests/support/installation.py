@@ -12,7 +12,7 @@ from launcher import SHIM_SOURCE, render, write
 import shim
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PACKAGES = ("netlink", "ttrpc", "config", "agent_proto", "hypervisor", "shim")
+PACKAGES = ("netlink", "oci_engine", "ttrpc", "config", "agent_proto", "hypervisor", "shim")
 DEPENDENCIES = ("google", "msgspec", "qemu", "structlog")
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # _IOWR('!', 0, struct seccomp_notif), _IOWR('!', 1, struct seccomp_notif_resp)
 _RECV, _SEND = 0xC0502100, 0xC0182101
 _NOTIF_BYTES = 80
+_PATIENCE_S = 10
 
 
 class Supervisor:
@@ -26,7 +27,8 @@ class Supervisor:
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
-        self.states: list[dict[str, Any]] = []
+        self._states: list[dict[str, Any]] = []
+        self._told = threading.Condition()
         self.more: list[bytes] = []
         self.asked: list[int] = []
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -42,6 +44,12 @@ class Supervisor:
             thread.join()
         self._server.close()
         os.close(self._stop)
+
+    def states(self, count: int) -> list[dict[str, Any]]:
+        """So many states of processes: what is sent already may not have been read yet."""
+        with self._told:
+            assert self._told.wait_for(lambda: len(self._states) >= count, timeout=_PATIENCE_S)
+            return [*self._states]
 
     def _ready(self, fd: int) -> bool:
         """Whether there is something to read; no more when this is to end."""
@@ -59,8 +67,11 @@ class Supervisor:
                 for _, _, data in control:
                     files.frombytes(data)
                 self.more.append(connection.recv(1))  # the end: it is used once
-            self.states.append(json.loads(text))
-            assert len(files) == len(self.states[-1]["fds"])
+            state = json.loads(text)
+            assert len(files) == len(state["fds"])
+            with self._told:
+                self._states.append(state)
+                self._told.notify_all()
             thread = threading.Thread(target=self._answer, args=(files[0],))
             self._threads.append(thread)
             thread.start()
