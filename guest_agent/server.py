@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 CLOSING_GRACE_S = 1.0
 #: Calls come in bursts; after so long without one there is time for something else.
 QUIET_S = 0.1
+#: So long may calls put something off. Without an end to it a host that always wants something would get an agent that
+#: never collects its garbage.
+PATIENCE_S = 10.0
 #: Drivers that a sandbox may come to need, loaded when the host leaves us time.
 LATER_MODULES = ("virtio_net", "virtio_blk", "overlay")
 _WAITING_CALLS = frozenset(
@@ -99,17 +102,29 @@ class Agent:
 
 
 class QuietTime:
-    """Does work that can wait, a piece at a time, when no call runs and none came for a while."""
+    """Does work that can wait, a piece at a time, when no call runs and none came for a while; in the end anyway."""
 
-    def __init__(self, work: list[Callable[[], None]], log: Log, *, quiet_s: float = QUIET_S) -> None:
+    def __init__(
+        self,
+        work: list[Callable[[], None]],
+        log: Log,
+        *,
+        quiet_s: float = QUIET_S,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         self._work = deque(work)
         self._log = log
         self._quiet_s = quiet_s
+        self._patience_s = patience_s
         self._running = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
         """Start waiting for quiet."""
+        self._wait()
+        asyncio.get_running_loop().call_later(self._patience_s, self._do_rest)
+
+    def _wait(self) -> None:
         self._stop()
         if self._work and self._running == 0:
             self._timer = asyncio.get_running_loop().call_later(self._quiet_s, self._do_one)
@@ -124,7 +139,7 @@ class QuietTime:
             return await proceed(request, call)
         finally:
             self._running -= 1
-            self.begin()
+            self._wait()
 
     def _stop(self) -> None:
         if self._timer is not None:
@@ -132,12 +147,21 @@ class QuietTime:
             self._timer = None
 
     def _do_one(self) -> None:
-        work = self._work.popleft()
+        self._do(self._work.popleft())
+        self._wait()
+
+    def _do_rest(self) -> None:
+        """One piece, and the next after whatever else the loop has to do."""
+        self._stop()
+        if self._work:
+            self._do(self._work.popleft())
+            asyncio.get_running_loop().call_soon(self._do_rest)
+
+    def _do(self, work: Callable[[], None]) -> None:
         try:
             work()
         except OSError as err:
             self._log.warning("later_work_failed", error=str(err))
-        self.begin()
 
 
 def run(

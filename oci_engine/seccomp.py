@@ -163,7 +163,7 @@ def _read_argument(reader: Reader) -> Argument:
 
 def compile_filter(seccomp: Seccomp) -> bytes:
     """The program, as an array of struct sock_filter. Raises SetupFailed when the library is missing or refuses."""
-    library = _Library()
+    library = _Library.loaded()
     context = library.new(seccomp.default_action)
     try:
         for name in seccomp.architectures:
@@ -192,6 +192,17 @@ def _add_rule(library: _Library, context: Any, rule: Rule) -> None:
 
 class _Library:
     """libseccomp, as far as it is needed here."""
+
+    _loaded: _Library | None = None
+
+    @classmethod
+    def loaded(cls) -> _Library:
+        """One for all filters. A function of a shared library holds itself, so each that was made anew would stay until
+        the garbage collector comes: 6 KiB for a filter.
+        """
+        if cls._loaded is None:
+            cls._loaded = cls()
+        return cls._loaded
 
     def __init__(self) -> None:
         try:

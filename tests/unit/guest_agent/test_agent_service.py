@@ -375,6 +375,33 @@ async def test_later_work_waits_for_quiet() -> None:
     waiting.cancel()
 
 
+async def test_later_work_is_done_in_the_end_though_it_is_never_quiet() -> None:
+    done: list[int] = []
+    quiet = QuietTime(
+        [partial(done.append, number) for number in range(3)],
+        Log(console_fd=None),
+        quiet_s=1000,
+        patience_s=0,
+    )
+    release = asyncio.Event()
+
+    async def handler(request: object, call: object) -> None:
+        await release.wait()
+
+    quiet.begin()
+    async with asyncio.timeout(60):
+        busy = asyncio.create_task(quiet.around(Call("s", "CreateContainer"), None, handler))
+        while len(done) < 3:
+            await quiet.around(Call("s", "StatsContainer"), None, answer)
+        release.set()
+        await busy
+    assert done == [0, 1, 2]
+
+
+async def answer(request: object, call: object) -> None:
+    await asyncio.sleep(0)
+
+
 async def test_later_work_that_fails_is_logged() -> None:
     log = Log(console_fd=None)
     done: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -76,3 +77,16 @@ def test_flags(asks: bool, flags: tuple[str, ...], wanted: int) -> None:
     read = read_seccomp(Reader(document))
     assert read.flags == wanted
     assert bool(read.listener_path) == asks
+
+
+def test_a_filter_leaves_nothing_to_the_garbage_collector() -> None:
+    """Of which the guest's agent does without while it starts."""
+    program(syscalls=[rule("mkdirat")])
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            program(syscalls=[rule("mkdirat")])
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
