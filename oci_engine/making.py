@@ -420,10 +420,11 @@ def _console(streams: Streams, files: Undo) -> int:
 def _preserved(streams: Streams) -> tuple[int, ...]:
     fds = tuple(range(3, 3 + streams.preserve_fds))
     for fd in fds:
-        try:
-            os.fstat(fd)
-        except OSError:
-            raise EngineError(f"file descriptor {fd} is to be preserved, but is not open") from None
+        with suppress(OSError):
+            if os.get_inheritable(fd):
+                continue
+        # Or it is one of this program's own, which close on exec: a folder of the host's, for example.
+        raise EngineError(f"file descriptor {fd} is to be preserved, but the caller has not opened it")
     return fds
 
 

@@ -6,7 +6,7 @@ from oci_engine.records import Record
 
 
 class Streams(Record):
-    """`stdio` are the open files that become 0, 1 and 2; `preserve_fds` how many after 2 stay open too.
+    """`stdio` are the open files that become 0, 1 and 2. `preserve_fds` is how many inheritable ones after 2 stay open.
 
     A terminal's master end is sent to `console_socket`, a path, or over `console`, an open socket.
     """
