@@ -66,39 +66,39 @@ def create(
     for text in process.unknown_capabilities:
         warn(text)
     rootfs = _rootfs(spec, bundle)
-    with Undo() as undo:
-        store.reserve(container_id)
+    store.reserve(container_id)
+    # Nobody else makes one of this id, or ends it, before what fails here has been undone.
+    with store.locked(container_id), Undo() as undo:
         undo.callback(store.remove, container_id)
-        with store.locked(container_id):
-            cgroup = find_cgroup(
-                spec.linux.cgroups_path,
-                container_id,
-                systemd=options.systemd_cgroup,
-                rootless=options.rootless,
-            )
-            _make_cgroup(cgroup, spec, undo)
-            status = Status(
-                oci_version=spec.version,
-                id=container_id,
-                pid=0,
-                root=store.root,
-                bundle=bundle,
-                rootfs=rootfs,
-                process_start_time=0,
-                created=_now(),
-                owner=os.geteuid(),
-                cgroup_paths=cgroup.paths,
-                cgroups_path=spec.linux.cgroups_path,
-                unit=unit_name(cgroup),
-                no_pivot=options.no_pivot,
-                no_new_keyring=options.no_new_keyring,
-                spec=document,
-            )
-            known = Known(status=status, spec=spec, seccomp=_filter(spec))
-            if spec.hooks["poststop"]:
-                undo.callback(_poststop, spec, status, wait, warn)
-            status = _make_process(store, known, process, cgroup, options, wait, undo)
-            _write_pid_file(options.pid_file, status.pid)
+        cgroup = find_cgroup(
+            spec.linux.cgroups_path,
+            container_id,
+            systemd=options.systemd_cgroup,
+            rootless=options.rootless,
+        )
+        _make_cgroup(cgroup, spec, undo)
+        status = Status(
+            oci_version=spec.version,
+            id=container_id,
+            pid=0,
+            root=store.root,
+            bundle=bundle,
+            rootfs=rootfs,
+            process_start_time=0,
+            created=_now(),
+            owner=os.geteuid(),
+            cgroup_paths=cgroup.paths,
+            cgroups_path=spec.linux.cgroups_path,
+            unit=unit_name(cgroup),
+            no_pivot=options.no_pivot,
+            no_new_keyring=options.no_new_keyring,
+            spec=document,
+        )
+        known = Known(status=status, spec=spec, seccomp=_filter(spec))
+        if spec.hooks["poststop"]:
+            undo.callback(_poststop, spec, status, wait, warn)
+        status = _make_process(store, known, process, cgroup, options, wait, undo)
+        _write_pid_file(options.pid_file, status.pid)
         undo.keep()
     return replace(known, status=status)
 
