@@ -59,7 +59,7 @@ def known_cgroup(status: Status) -> Cgroup:
     if not paths:
         from oci_engine.cgroups.none import NoCgroup
 
-        return NoCgroup(status.pid)
+        return NoCgroup(status)
     if status.unit:
         from oci_engine.cgroups.systemd import SystemdCgroup, Unit
 

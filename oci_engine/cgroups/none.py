@@ -8,21 +8,22 @@ from oci_engine.cgroups.base import kill_each
 from oci_engine.errors import SetupFailed
 from oci_engine.records import replace
 from oci_engine.resources_spec import Resources
-from oci_engine.undo import suppress
+from oci_engine.state import is_alive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oci_engine.plan import CgroupMount
+    from oci_engine.state import Status
 
 _WITHOUT = "the container was made without root and has no control group"
 
 
 class NoCgroup:
-    """`pid` is the container's first process, 0 before it is there."""
+    """`status` is the container's, None before it is made."""
 
-    def __init__(self, pid: int = 0) -> None:
+    def __init__(self, status: Status | None = None) -> None:
         self.paths: dict[str, str] = {}
-        self._pid = pid
+        self._status = status
 
     def create(self) -> None:
         """Nothing."""
@@ -37,14 +38,18 @@ class NoCgroup:
 
     def pids(self) -> list[int]:
         """Of the processes in the PID namespace of the first, if it is not the caller's own."""
-        if not self._pid:
+        if self._status is None:
             return []
-        with suppress(OSError):
-            inside = os.stat(f"/proc/{self._pid}/ns/pid").st_ino
-            if inside == os.stat("/proc/self/ns/pid").st_ino:
-                return [self._pid]
-            return [int(name) for name in os.listdir("/proc") if name.isdigit() and _is_in(name, inside)]
-        return []
+        pid = self._status.pid
+        try:
+            inside = os.stat(f"/proc/{pid}/ns/pid").st_ino
+        except OSError:
+            return []
+        if not is_alive(self._status):  # only now it is certain whose namespace it is
+            return []
+        if inside == os.stat("/proc/self/ns/pid").st_ino:
+            return [pid]
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and _is_in(name, inside)]
 
     def freeze(self, frozen: bool) -> None:
         raise SetupFailed(f"{_WITHOUT}, and so cannot be {'paused' if frozen else 'resumed'}")

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from oci_engine import making
+from oci_engine.cgroups.find import known_cgroup
 from oci_engine.cgroups.mounted import Hierarchy, hierarchies, is_unified, own_unified
 from oci_engine.cgroups.v1 import CgroupV1
 from oci_engine.cgroups.v2 import CgroupV2, io_weight_of, weight_of
 from oci_engine.errors import SetupFailed
+from oci_engine.records import replace
 from oci_engine.resources_spec import Cpu, DeviceWeight, Memory, Rdma, Resources, Throttle
 from oci_engine.spec import read_spec
+from oci_engine.state import Status, start_time
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -237,6 +240,18 @@ def test_a_limit_below_what_is_used_is_refused_if_that_is_wished(v2: CgroupV2, t
             each.limit(Resources(memory=Memory(limit=999, check_before_update=True)), devices=False)
         each.limit(Resources(memory=Memory(limit=999)), devices=False)
     assert (two / "memory.max").read_text() == (one / "memory.limit_in_bytes").read_text() == "999"
+
+
+def test_without_a_group_a_process_with_the_number_of_one_that_ended_is_nobodys() -> None:
+    pid = os.getpid()
+    status = Status(
+        oci_version="1.0.2", id="c1", pid=pid, root="/r", bundle="/b", rootfs="/b/rootfs",
+        process_start_time=start_time(pid), created="", owner=0, cgroup_paths={}, cgroups_path="", unit="",
+        no_pivot=False, no_new_keyring=False, spec={},
+    )  # fmt: skip
+    assert known_cgroup(status).pids() == [pid]
+    assert known_cgroup(replace(status, process_start_time=status.process_start_time - 1)).pids() == []
+    assert known_cgroup(replace(status, pid=0, process_start_time=0)).pids() == []
 
 
 def test_a_group_for_the_user_of_a_user_namespace(
