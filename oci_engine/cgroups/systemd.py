@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 
-from oci_engine.cgroups import files
 from oci_engine.cgroups.mounted import UNIFIED
-from oci_engine.cgroups.v2 import DEFAULT_PERIOD_US, CgroupV2, io_weight_of, weight_of
+from oci_engine.cgroups.v2 import CgroupV2, io_weight_of, weight_of
 from oci_engine.errors import SetupFailed, SpecError
 from oci_engine.records import Record
 
@@ -151,9 +150,7 @@ class SystemdCgroup(CgroupV2):
         if cpu.shares:
             found.append(_number("CPUWeight", weight_of(cpu.shares)))
         if cpu.quota or cpu.period:
-            now = files.read(f"{self.paths['']}/cpu.max").split() or ["max", str(DEFAULT_PERIOD_US)]
-            quota = cpu.quota or (-1 if now[0] == "max" else int(now[0]))
-            period = cpu.period or int(now[1])
+            quota, period = self._quota_and_period(cpu)
             found.append(_number("CPUQuotaPerSecUSec", quota_per_second(quota, period)))
             found.append(_number("CPUQuotaPeriodUSec", period))
         for name, numbers in (("AllowedCPUs", cpu.cpus), ("AllowedMemoryNodes", cpu.mems)):

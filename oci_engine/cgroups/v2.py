@@ -20,7 +20,7 @@ _CONTROLLERS = ("cpuset", "cpu", "io", "memory", "hugetlb", "pids")
 #: The kernel's list of files that whoever gets a group has to own.
 _DELEGATED = "/sys/kernel/cgroup/delegate"
 _FREEZE_TIMEOUT_S = 10.0
-DEFAULT_PERIOD_US = 100_000
+_DEFAULT_PERIOD_US = 100_000
 _THROTTLES = {
     "read_bps_device": "rbps", "write_bps_device": "wbps", "read_iops_device": "riops", "write_iops_device": "wiops",
 }  # fmt: skip
@@ -110,16 +110,19 @@ class CgroupV2:
         if cpu.idle is not None:
             self._write("cpu.idle", str(cpu.idle), "cpu.idle")
         if cpu.quota or cpu.period:
-            quota = "max" if not cpu.quota or cpu.quota < 0 else str(cpu.quota)
-            if not cpu.quota:  # a new period alone keeps the quota
-                quota = (files.read(f"{self._path}/cpu.max").split() or ["max"])[0]
-            self._write("cpu.max", f"{quota} {cpu.period or DEFAULT_PERIOD_US}", "cpu.quota")
+            quota, period = self._quota_and_period(cpu)
+            self._write("cpu.max", f"{'max' if quota < 0 else quota} {period}", "cpu.quota")
         if cpu.burst is not None:
             self._write("cpu.max.burst", str(cpu.burst), "cpu.burst")
         if cpu.cpus:
             self._write("cpuset.cpus", cpu.cpus, "cpu.cpus")
         if cpu.mems:
             self._write("cpuset.mems", cpu.mems, "cpu.mems")
+
+    def _quota_and_period(self, cpu: Cpu) -> tuple[int, int]:
+        """One alone keeps the other. -1 is no quota."""
+        quota, period = files.read(f"{self._path}/cpu.max").split() or ("max", _DEFAULT_PERIOD_US)
+        return cpu.quota or (-1 if quota == "max" else int(quota)), cpu.period or int(period)
 
     def _limit_memory(self, memory: Memory) -> None:
         if memory.swappiness is not None:

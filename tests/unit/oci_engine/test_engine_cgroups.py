@@ -242,6 +242,19 @@ def test_a_limit_below_what_is_used_is_refused_if_that_is_wished(v2: CgroupV2, t
     assert (two / "memory.max").read_text() == (one / "memory.limit_in_bytes").read_text() == "999"
 
 
+@pytest.mark.parametrize(
+    ("cpu", "now"),
+    [(Cpu(quota=50_000), "50000 20000"), (Cpu(period=40_000), "10000 40000"), (Cpu(quota=-1), "max 20000")],
+)
+def test_quota_and_period_of_version_2_are_changed_one_by_one(
+    v2: CgroupV2, tmp_path: Path, cpu: Cpu, now: str
+) -> None:
+    file = tmp_path / "pod" / "c" / "cpu.max"
+    file.write_text("10000 20000\n")
+    v2.limit(Resources(cpu=cpu), devices=False)
+    assert file.read_text() == now
+
+
 def test_without_a_group_a_process_with_the_number_of_one_that_ended_is_nobodys() -> None:
     pid = os.getpid()
     status = Status(
