@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from oci_engine.cgroups import files
 from oci_engine.cgroups.mounted import UNIFIED
 from oci_engine.cgroups.v2 import CgroupV2, io_weight_of, weight_of
 from oci_engine.errors import SetupFailed, SpecError
@@ -71,9 +72,16 @@ class SystemdCgroup(CgroupV2):
         self.unit = unit
         self._description = description
         self._limits: tuple[Resources, bool] | None = None
+        self._owner: int | None = None
 
     def create(self) -> None:
         """Nothing yet: it begins with its first process."""
+
+    def give_to(self, uid: int) -> None:
+        if self._description:
+            self._owner = uid
+        else:
+            super().give_to(uid)
 
     def limit(self, resources: Resources, *, devices: bool = True) -> None:
         if self._description:
@@ -81,6 +89,8 @@ class SystemdCgroup(CgroupV2):
             return
         from oci_engine.cgroups.systemd_bus import Bus
 
+        # systemd would set the limit at once.
+        files.check_usage(resources.memory, f"{self.paths['']}/memory.current")
         with Bus() as bus:
             bus.change(self.unit.name, self._properties(resources))
         super().limit(resources, devices=devices)
@@ -122,6 +132,12 @@ class SystemdCgroup(CgroupV2):
             )
         super().create()
         super().limit(resources, devices=devices)
+        if self._owner is not None:
+            super().give_to(self._owner)
+
+    def kill(self) -> None:
+        if not self._description:  # else a group of that name is somebody else's
+            super().kill()
 
     def remove(self) -> None:
         if self._description or not os.path.isdir(self.paths[""]):

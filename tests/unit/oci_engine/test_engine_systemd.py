@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from oci_engine.cgroups import systemd, systemd_bus
+from oci_engine.cgroups.base import remove_cgroup
 from oci_engine.cgroups.systemd import SystemdCgroup, Unit, bit_mask, quota_per_second, slice_path, unit_of
 from oci_engine.cgroups.v2 import CgroupV2
 from oci_engine.errors import SetupFailed, SpecError
@@ -143,6 +144,37 @@ def test_update_and_end_of_one_that_is_known(fake: FakeSystemd, tmp_path: Path) 
     assert not (tmp_path / "tree/p-c.scope").exists()
     known.remove()  # systemd ends an empty scope by itself
     assert len(fake.asked("StopUnit")) == 1
+
+
+def test_a_group_for_a_user_is_given_when_it_is_there(
+    fake: FakeSystemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(CgroupV2, "give_to", lambda self, uid: given.append(uid))
+    cgroup = begun()
+    cgroup.give_to(100_007)
+    assert given == []
+    cgroup.add(1234)
+    assert given == [100_007]
+
+
+def test_a_limit_below_what_is_used_is_not_told(fake: FakeSystemd, tmp_path: Path) -> None:
+    group = tmp_path / "p-c.scope"
+    _make_group(group)
+    (group / "memory.current").write_text("1000\n")
+    known = SystemdCgroup(Unit(name="p-c.scope", slice="", path=""), str(group))
+    with pytest.raises(SetupFailed, match="999 bytes are less than the 1000 that are in use"):
+        known.limit(Resources(memory=Memory(limit=999, check_before_update=True)))
+    assert fake.calls == []
+
+
+def test_processes_of_a_scope_that_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "UNIFIED", str(tmp_path))
+    group = tmp_path / "a.slice/p-c.scope"
+    _make_group(group)
+    (group / "cgroup.kill").touch()
+    remove_cgroup(begun())
+    assert (group / "cgroup.kill").read_text() == ""
 
 
 def test_one_that_systemd_has_forgotten(fake: FakeSystemd, tmp_path: Path) -> None:
