@@ -51,11 +51,13 @@ class Bus:
 
         self._parser = Parser()
         self._serial = 0
+        #: systemd's own name on the bus, by its last answer.
+        self._systemd = ""
         #: Of jobs that have ended: what became of them.
         self._results: dict[str, str] = {}
-        self._socket, is_bus = _connect()
+        self._socket, self._is_bus = _connect()
         try:
-            if is_bus:
+            if self._is_bus:
                 self._call("Hello", path="/org/freedesktop/DBus", name="org.freedesktop.DBus")
                 rule = f"type='signal',interface='{_MANAGER}',member='JobRemoved',path='{_PATH}'"
                 self._call("AddMatch", "s", rule, path="/org/freedesktop/DBus", name="org.freedesktop.DBus")
@@ -110,6 +112,8 @@ class Bus:
             reply = self._receive(deadline, method)
             if reply.header.fields.get(HeaderFields.reply_serial) != self._serial:
                 continue
+            if name == _NAME:
+                self._systemd = _sender(reply)
             if reply.header.message_type == MessageType.error:
                 error = str(reply.header.fields.get(HeaderFields.error_name, ""))
                 raise Refused(method, error, str(reply.body[0]) if reply.body else "")
@@ -136,10 +140,21 @@ class Bus:
                 raise SetupFailed(f"systemd: {what}: the other end closed the connection over D-Bus")
             self._parser.add_data(data)
         fields = message.header.fields
-        if fields.get(HeaderFields.member) == "JobRemoved" and fields.get(HeaderFields.interface) == _MANAGER:
+        is_news = (
+            fields.get(HeaderFields.member) == "JobRemoved" and fields.get(HeaderFields.interface) == _MANAGER
+        )
+        # Anybody on a bus may send a signal to anybody.
+        if is_news and (not self._is_bus or _sender(message) == self._systemd):
             _, job, _, result = message.body
             self._results[str(job)] = str(result)
         return message
+
+
+def _sender(message: Message) -> str:
+    """As the bus says; empty where there is none."""
+    from jeepney import HeaderFields
+
+    return str(message.header.fields.get(HeaderFields.sender, ""))
 
 
 def _connect() -> tuple[socket.socket, bool]:

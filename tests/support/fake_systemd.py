@@ -24,7 +24,8 @@ _OTHER_JOB = "/org/freedesktop/systemd1/job/6"
 class FakeSystemd:
     """`calls` is what it was asked. `refusals` has an error's name and text by method; `result` is that of jobs.
 
-    `made` is called with each unit that starts. `silent` methods get no answer but the end of the connection.
+    `made` is called with each unit that starts. `silent` methods get no answer but the end of the connection. With a
+    `stranger` on the bus, that one sends signals too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,6 +33,7 @@ class FakeSystemd:
         self.refusals: dict[str, tuple[str, str]] = {}
         self.result = "done"
         self.job_ends_first = False
+        self.stranger = False
         self.silent: set[str] = set()
         self.made: Callable[[str], None] = lambda _unit: None
         self._listener = socket.socket(socket.AF_UNIX)
@@ -105,7 +107,20 @@ class FakeSystemd:
         other = self._job_removed(6, _OTHER_JOB, "other.service", "failed")
         ended = self._job_removed(7, _JOB, unit, self.result)
         reply = new_method_return(message, "o", (_JOB,))
+        if self.stranger:
+            return [*_lies(), reply, ended]
         return [other, ended, reply] if self.job_ends_first else [reply, other, ended]
 
     def _job_removed(self, number: int, job: str, unit: str, result: str) -> Message:
         return new_signal(_MANAGER, "JobRemoved", "uoss", (number, job, unit, result))
+
+
+def _lies() -> list[Message]:
+    """Of somebody else than systemd: one that has another form, and one about the job."""
+    lies = [
+        new_signal(_MANAGER, "JobRemoved", "s", ("x",)),
+        new_signal(_MANAGER, "JobRemoved", "uoss", (7, _JOB, "x.scope", "canceled")),
+    ]
+    for each in lies:
+        each.header.fields[HeaderFields.sender] = ":1.66"
+    return lies

@@ -177,6 +177,12 @@ def test_processes_of_a_scope_that_is_not_ours(tmp_path: Path, monkeypatch: pyte
     assert (group / "cgroup.kill").read_text() == ""
 
 
+def test_signals_of_others_on_the_bus(fake: FakeSystemd) -> None:
+    fake.stranger = True
+    begun().add(1234)
+    assert len(fake.asked("StartTransientUnit")) == 1
+
+
 def test_one_that_systemd_has_forgotten(fake: FakeSystemd, tmp_path: Path) -> None:
     (tmp_path / "tree/x.scope").mkdir(parents=True)
     fake.refusals["StopUnit"] = (systemd_bus.NO_SUCH_UNIT, "Unit x.scope not loaded.")
