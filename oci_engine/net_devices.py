@@ -57,8 +57,9 @@ def _move_all(
         link = links[hosts_name]
         device = _Device(link, name, [each for each in addresses if each.ifindex == link.ifindex])
         with step(place):
-            _move(device, here, there, pid)
-        undo.callback(_bring_back, device, here, there)
+            _move(device, here, pid)
+            undo.callback(_bring_back, device, here, there)
+            _revive(device, name, there)
 
 
 def _in_network_of(pid: int) -> Rtnetlink:
@@ -76,13 +77,12 @@ def _in_network_of(pid: int) -> Rtnetlink:
         os.close(own)
 
 
-def _move(device: _Device, here: Rtnetlink, there: Rtnetlink, pid: int) -> None:
+def _move(device: _Device, here: Rtnetlink, pid: int) -> None:
     namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         here.move_link(device.link.ifindex, device.name, namespace)
     finally:
         os.close(namespace)
-    _revive(device, device.name, there)
 
 
 def _revive(device: _Device, name: str, rtnl: Rtnetlink) -> None:

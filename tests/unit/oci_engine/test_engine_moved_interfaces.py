@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
+from oci_engine import net_devices
 from oci_engine.errors import SetupFailed, SpecError
 from oci_engine.net_devices import moved
 from tests.support.namespaces import in_network_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from netlink.rtnl import Rtnetlink
 
 
 def ip(words: str, pid: int = 0) -> str:
@@ -65,6 +69,26 @@ def test_back_when_the_block_fails() -> None:
             raise RuntimeError("wrong")
         assert is_there("a0")
         assert not is_there("eth0", pid)
+
+    between(work)
+
+
+def test_back_when_it_cannot_have_its_addresses_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    revive, tried = net_devices._revive, list[str]()
+
+    def fails_once(device: net_devices._Device, name: str, rtnl: Rtnetlink) -> None:
+        tried.append(name)
+        if len(tried) == 1:
+            raise OSError(errno.ENOBUFS, "no room")
+        revive(device, name, rtnl)
+
+    monkeypatch.setattr(net_devices, "_revive", fails_once)
+
+    def work(pid: int) -> None:
+        with pytest.raises(SetupFailed, match=r"'a0'\]: no room"), moved((("a0", "eth0"),), pid):
+            raise AssertionError("not to be reached")
+        assert tried == ["eth0", "a0"]
+        assert is_there("a0")
 
     between(work)
 
