@@ -205,7 +205,7 @@ def _map_ids(pid: int, kind: str, mappings: tuple[IdMapping, ...], wait: Wait) -
     """`kind` is uid or gid. Others than root may map themselves alone, and what newuidmap(1) grants them."""
     place = f"linux.{kind}Mappings"
     own = {"uid": os.geteuid, "gid": os.getegid}[kind]()
-    if own == 0 or os.geteuid() == 0:
+    if os.geteuid() == 0:
         _write(pid, f"{kind}_map", map_text(mappings), place)
     elif [(each.host, each.size) for each in mappings] == [(own, 1)]:
         if kind == "gid":
