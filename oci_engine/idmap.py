@@ -51,7 +51,13 @@ def mappings_of(namespace: int, wait: Wait) -> tuple[str, str]:
                 texts.append("".join(" ".join(line.split()) + "\n" for line in maps))
         return texts[0], texts[1]
 
-    return _with_inhabitant(lambda: linux.setns(namespace, linux.CLONE_NEWUSER), read_maps, wait)
+    def join() -> None:
+        # Who lives there could look into it, and at its files. Without root, neither might the caller then.
+        if os.geteuid() == 0:
+            linux.prctl(linux.PR_SET_DUMPABLE, 0)
+        linux.setns(namespace, linux.CLONE_NEWUSER)
+
+    return _with_inhabitant(join, read_maps, wait)
 
 
 def _with_inhabitant(enter: Callable[[], None], use: Callable[[int], T], wait: Wait) -> T:
