@@ -63,6 +63,7 @@ def _kind_and_number(device: Device) -> tuple[int, int]:
 
 def _make_node(parent: int, name: str, device: Device) -> None:
     kind, number = _kind_and_number(device)
+    before = os.umask(0)
     try:
         os.mknod(name, kind | device.mode, number, dir_fd=parent)
     except FileExistsError:
@@ -70,9 +71,9 @@ def _make_node(parent: int, name: str, device: Device) -> None:
         if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
             raise
         return
+    finally:
+        os.umask(before)
     os.chown(name, device.uid, device.gid, dir_fd=parent, follow_symlinks=False)
-    # Not the mode of mknod, which the umask cuts.
-    os.chmod(name, device.mode, dir_fd=parent)
 
 
 def make_links(root: int) -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
+from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oci_engine.cgroups.device_program import assemble
 from oci_engine.cgroups.device_rules import complete, v1_lines
+from oci_engine.devices import make_device
+from oci_engine.linux_spec import Device
 from oci_engine.resources_spec import DeviceRule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
 
 KINDS = {"b": 1, "c": 2}
 ACCESS = {"m": 1, "r": 2, "w": 4}
@@ -111,3 +121,28 @@ def test_lines_of_version_1() -> None:
         ("devices.deny", "a"), ("devices.allow", "c 10:* rw"), ("devices.allow", "b 7:1 r"),
         ("devices.allow", "c 7:1 r"), ("devices.deny", "b *:* m"),
     ]  # fmt: skip
+
+
+def test_a_link_in_the_place_of_a_new_device_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another container with the same root file system may put one there."""
+    hosts = tmp_path / "hosts"
+    hosts.touch(0o600)
+    chown = os.chown
+
+    def replaced(name: str, uid: int, gid: int, *, dir_fd: int, follow_symlinks: bool) -> None:
+        assert stat.S_IMODE(os.stat(name, dir_fd=dir_fd).st_mode) == 0o666  # whatever the umask is
+        os.unlink(name, dir_fd=dir_fd)
+        os.symlink(hosts, name, dir_fd=dir_fd)
+        chown(name, uid, gid, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(os, "chown", replaced)
+    (tmp_path / "rootfs").mkdir()
+    root = os.open(tmp_path / "rootfs", os.O_RDONLY)
+    device = Device(
+        path="/dev/fifo", type="p", major=0, minor=0, mode=0o666, uid=os.getuid(), gid=os.getgid()
+    )
+    make_device(root, device, bind=False)
+    os.close(root)
+    assert stat.S_IMODE(hosts.stat().st_mode) == 0o600
