@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from runk.arguments import Options
 
 VERSION = "0.1.0"
+#: The youngest version of the specification whose fields are read.
+SPEC_VERSION = "1.3.0"
 _FAILED = 1
 
 
@@ -35,7 +37,7 @@ def run(argv: list[str]) -> int:
         _print(options.help + "\n")
         return 0
     if options.version:
-        _print(f"runk version {VERSION}\nspec: 1.2.1\n")
+        _print(f"runk version {VERSION}\nspec: {SPEC_VERSION}\n")
         return 0
     if not options.verb:
         print("runk: no verb is given; see runk --help", file=sys.stderr)  # noqa: T201
@@ -227,7 +229,7 @@ def _spec(options: Options, _engine: Engine, _log: Log) -> int:
 def _features(_options: Options, _engine: Engine, _log: Log) -> int:
     from runk.features import features
 
-    _print(json_text.pretty(features(VERSION)) + "\n")
+    _print(json_text.pretty(features(VERSION, SPEC_VERSION)) + "\n")
     return 0
 
 

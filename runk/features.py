@@ -9,10 +9,10 @@ from oci_engine.mount_options import known_words
 from oci_engine.spec import HOOKS
 
 
-def features(version: str) -> dict[str, object]:
+def features(version: str, spec_version: str) -> dict[str, object]:
     return {
         "ociVersionMin": "1.0.0",
-        "ociVersionMax": "1.3.0",
+        "ociVersionMax": spec_version,
         "hooks": list(HOOKS),
         "mountOptions": known_words(),
         "linux": {
@@ -31,6 +31,7 @@ def features(version: str) -> dict[str, object]:
             "selinux": {"enabled": True},
             "intelRdt": {"enabled": False},
             "mountExtensions": {"idmap": {"enabled": True}},
+            "netDevices": {"enabled": True},
         },
         "annotations": {"runk.version": version},
     }
