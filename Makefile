@@ -161,5 +161,5 @@ golden: venv-dev ## Rewrite the expected QEMU command lines; review the differen
 install: guest ## Install below PREFIX, with the guest and a first configuration.
 	@$(SYSTEM_PYTHON) packaging/install.py install --prefix '$(PREFIX)' --destdir '$(DESTDIR)'
 
-uninstall: ## Remove exactly what `make install` put there.
+uninstall: ## Remove exactly what `make install` put there, and the shim's cache.
 	@$(SYSTEM_PYTHON) packaging/install.py uninstall --prefix '$(PREFIX)' --destdir '$(DESTDIR)'
