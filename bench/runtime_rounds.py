@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +71,7 @@ class _Program:
 
     def __init__(self, folder: Path, name: str, path: str) -> None:
         self.name = name
+        self.path = path
         self._words = [path, "--root", str(folder / f"state-{name}")]
         self._true, self._sleep = (bundle_of(folder, name, what) for what in ("true", "sleep"))
         self._folder = folder
@@ -119,7 +122,6 @@ class _Engine:
     def __init__(self, folder: Path) -> None:
         self._engine = Engine(str(folder / "state-engine"))
         self._true, self._sleep = (bundle_of(folder, "engine", what) for what in ("true", "sleep"))
-        self._pid = -1
 
     def begin(self) -> None:
         self._engine.create("sleep", self._sleep, CreateOptions())
@@ -154,8 +156,6 @@ def wait_for(pid: int) -> None:
     try:
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
     except ChildProcessError:
-        import select
-
         select.select([pidfd], [], [])
     finally:
         os.close(pidfd)
@@ -171,9 +171,9 @@ def _programs_round(programs: list[_Program], seen: Values) -> None:
     python = [_interpreter(programs[0]), "-I", "-S", "-c", "pass"]
     seen["python pass"].append(_ms(lambda: subprocess.run(python, check=True)))
     for each in programs:
-        seen[f"{each.name} run"].append(_ms(lambda each=each: each.create("run", "--detach")))  # type: ignore[misc]
+        seen[f"{each.name} run"].append(_ms(partial(each.create, "run", "--detach")))
         each.wait()
-        seen[f"{each.name} state"].append(_ms(lambda each=each: each.run("state", "true")))  # type: ignore[misc]
+        seen[f"{each.name} state"].append(_ms(partial(each.run, "state", "true")))
         seen[f"{each.name} delete"].append(_ms(each.delete))
         seen[f"{each.name} create"].append(_ms(each.create))
         seen[f"{each.name} start"].append(_ms(each.start))
@@ -185,7 +185,7 @@ def _programs_round(programs: list[_Program], seen: Values) -> None:
 
 def _interpreter(runk: _Program) -> str:
     """What the launcher's first line names."""
-    return Path(runk._words[0]).read_text().partition("\n")[0].removeprefix("#!").split()[0]
+    return Path(runk.path).read_text().partition("\n")[0].removeprefix("#!").split()[0]
 
 
 def _engine_round(programs: list[_Program], engine: _Engine, seen: Values) -> None:
@@ -193,7 +193,7 @@ def _engine_round(programs: list[_Program], engine: _Engine, seen: Values) -> No
     seen["engine exec"].append(_ms(engine.exec))
     for each in programs:
         if each.name != "runk":
-            seen[f"{each.name} cycle"].append(_ms(lambda each=each: _cycle(each)))  # type: ignore[misc]
+            seen[f"{each.name} cycle"].append(_ms(partial(_cycle, each)))
             seen[f"{each.name} one exec"].append(_ms(each.exec))
 
 
