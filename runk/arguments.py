@@ -66,7 +66,10 @@ class Verb:
 
 
 FLAGS = (
-    Flag("root", "where states are kept (default: /run/runk)", str, default="", value="FOLDER"),
+    Flag(
+        "root", "where states are kept (default: /run/runk, without root $XDG_RUNTIME_DIR/runk)", str, default="",
+        value="FOLDER",
+    ),
     Flag("log", "append messages to this file", str, value="FILE"),
     Flag("log-format", "of that file", str, default="text", choices=("text", "json")),
     Flag("debug", "say more in the log"),

@@ -60,18 +60,23 @@ def _is_rootless(options: Options) -> bool:
         return bool(options.rootless == "true")
     if os.geteuid() != 0:
         return True
+    return _in_user_namespace() and not os.access("/sys/fs/cgroup", os.W_OK)
+
+
+def _in_user_namespace() -> bool:
+    """Whether root here is another one than the host's."""
     with open("/proc/self/uid_map") as file:
-        is_inside = file.read().split() != ["0", "0", str((1 << 32) - 1)]
-    return is_inside and not os.access("/sys/fs/cgroup", os.W_OK)
+        return file.read().split() != ["0", "0", str((1 << 32) - 1)]
 
 
 def _root(options: Options) -> str:
     """Where states are. Raises EngineError."""
     if options.root:
         return str(options.root)
-    if os.geteuid() == 0:
-        return "/run/runk"
     folder = os.environ.get("XDG_RUNTIME_DIR", "")
+    # Root of a user namespace may well not write to /run, as below a Podman without root.
+    if os.geteuid() == 0 and not (folder.startswith("/") and _in_user_namespace()):
+        return "/run/runk"
     if not folder.startswith("/"):
         raise EngineError(
             "there is no folder for the state of containers; set XDG_RUNTIME_DIR, or give --root"
