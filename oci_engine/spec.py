@@ -78,7 +78,7 @@ class Scheduler(Record):
 
 
 class Process(Record):
-    """Capabilities are bit masks by the names of `capabilities.SETS`; None leaves them as the caller's are.
+    """Capabilities are bit masks by the names of `capabilities.SETS`; None is none, for one more process the first's.
 
     CPUs are for one more process in a container: before it is in the container's group and from then on; empty leaves
     them alone.
