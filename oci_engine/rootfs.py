@@ -41,6 +41,9 @@ class Rootfs:
         plan = self._plan
         with step("propagation of mounts"):
             wanted = propagation_flags(plan.propagation or "rslave")
+            if wanted & linux.MS_UNBINDABLE:
+                # That too comes after the pivot: until then there is much to be bound.
+                wanted = wanted & ~linux.MS_UNBINDABLE | linux.MS_PRIVATE
             # Never shared with the host, from where this namespace is a copy: that comes after the pivot, which a
             # shared mount above the new root would keep from happening.
             if not wanted & linux.MS_REC or wanted & linux.MS_SHARED:

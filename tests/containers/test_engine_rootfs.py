@@ -200,7 +200,10 @@ def test_without_pivot_root(containers: Containers) -> None:
     assert set(points) <= {"/proc", "/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"}
 
 
-@pytest.mark.parametrize(("propagation", "shown"), [("shared", "shared:"), ("private", ""), ("rslave", "")])
+@pytest.mark.parametrize(
+    ("propagation", "shown"),
+    [("shared", "shared:"), ("private", ""), ("rslave", ""), ("unbindable", ""), ("runbindable", "")],
+)
 def test_propagation_of_the_root(containers: Containers, propagation: str, shown: str) -> None:
     def edit(document: Spec) -> None:
         document["linux"]["rootfsPropagation"] = propagation
