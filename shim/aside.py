@@ -23,6 +23,7 @@ async def aside(work: Callable[[], T], *, unwanted: Callable[[T], None] | None =
     """Do it, and wait for that. Raises what it raises.
 
     Who is cancelled waits no longer, but the work goes on: `unwanted` gets what comes out of it, on the event loop.
+    So it does when the work had been done and only its caller did not know yet.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
@@ -46,7 +47,12 @@ async def aside(work: Callable[[], T], *, unwanted: Callable[[T], None] | None =
             loop.call_soon_threadsafe(told)
 
     threading.Thread(target=run, name="aside", daemon=True).start()
-    return await done
+    try:
+        return await done
+    except asyncio.CancelledError:
+        if unwanted is not None and not done.cancelled() and done.exception() is None:
+            unwanted(done.result())
+        raise
 
 
 async def aside_with_undo(work: Callable[[ExitStack], T], undo: ExitStack) -> T:

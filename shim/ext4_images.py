@@ -44,7 +44,8 @@ async def open_image(new: NewImage, namespace: int | None) -> int:
         HostUnsupported: the programs are missing that make it.
         OSError: it cannot be made.
     """
-    directory = await aside(partial(mounts.open_directory, new.folder, namespace=namespace))
+    opened = partial(mounts.open_directory, new.folder, namespace=namespace)
+    directory = await aside(opened, unwanted=os.close)
     try:
         if (image := _opened(directory, new)) is not None:
             return image

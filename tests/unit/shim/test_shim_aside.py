@@ -49,6 +49,26 @@ async def test_what_nobody_waits_for_is_taken_back() -> None:
         await taken_back.wait()
 
 
+async def test_what_was_done_in_the_moment_of_cancelling_is_taken_back() -> None:
+    """The result is there, and whoever waits for it has not been woken yet."""
+    taken_back: list[str] = []
+    undo = ExitStack()
+
+    def work(own: ExitStack) -> None:
+        own.callback(taken_back.append, "undone")
+
+    task = asyncio.create_task(aside_with_undo(work, undo))
+    await asyncio.sleep(0)
+    for thread in threading.enumerate():
+        if thread.name == "aside":
+            thread.join()
+    asyncio.get_running_loop().call_soon(task.cancel)  # behind what the thread has left there
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    undo.close()
+    assert taken_back == ["undone"]
+
+
 async def test_what_was_done_is_undone_later_or_with_a_failure() -> None:
     done: list[str] = []
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 import subprocess
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +15,7 @@ from agent_proto.gen import oci_pb2
 from config.schema import Qemu
 from hypervisor.errors import HostUnsupported
 from shim import ext4_images, mounts
-from shim.disk_needs import Need, volume_on_disk
+from shim.disk_needs import Need, NewImage, volume_on_disk
 from shim.errors import InvalidRequest, NotSupported
 
 if TYPE_CHECKING:
@@ -135,6 +137,31 @@ async def test_what_was_left_half_made_is_made_anew(volume: Path) -> None:
     (volume / "kata-disk.img.new").write_text("half")
     os.close(await opened(volume))
     assert os.listdir(volume) == ["kata-disk.img"]
+
+
+async def test_a_folder_that_was_opened_for_nobody_is_closed(
+    volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, opened_late = threading.Event(), list[int]()
+
+    def late(folder: str, *, namespace: int | None) -> int:
+        go.wait()
+        opened_late.append(os.open(folder, os.O_PATH))
+        return opened_late[0]
+
+    monkeypatch.setattr(mounts, "open_directory", late)
+    image = NewImage(folder=str(volume), name="x", what="a test", otherwise="leave it")
+    making = asyncio.create_task(ext4_images.open_image(image, None))
+    await asyncio.sleep(0)
+    making.cancel()
+    await asyncio.gather(making, return_exceptions=True)
+    go.set()
+    for thread in threading.enumerate():
+        if thread.name == "aside":
+            thread.join()
+    await asyncio.sleep(0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened_late[0])
 
 
 async def test_nothing_else_is_taken_for_the_image(volume: Path, tmp_path: Path) -> None:
