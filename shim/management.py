@@ -55,37 +55,54 @@ class Management:
         self._disks = disks
 
     async def serve(self, sandbox_id: str) -> None:
-        """Answer until this is cancelled."""
+        """Answer until this is cancelled, which also ends what is being answered."""
         path = paths.management_socket(sandbox_id)
-        try:
-            server = await asyncio.start_unix_server(self._answer, path, limit=_HEAD_BYTES)
-        except OSError as err:
-            log.warning("management_unavailable", socket=path, reason=str(err))
-            return
-        os.chmod(path, 0o600)
-        async with server:
-            await server.serve_forever()
+        async with asyncio.TaskGroup() as answers:
+
+            def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                answers.create_task(self._answer(reader, writer))
+
+            try:
+                server = await asyncio.start_unix_server(begin, path, limit=_HEAD_BYTES)
+            except OSError as err:
+                log.warning("management_unavailable", socket=path, reason=str(err))
+                return
+            try:
+                os.chmod(path, 0o600)
+                await asyncio.get_running_loop().create_future()
+            finally:
+                # Not by serve_forever(): from Python 3.12 on it waits for all who are connected.
+                server.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            async with asyncio.timeout(_ASKING_LIMIT_S):
-                request = await _read(reader)
-            body, status = await self._do(*request), HTTPStatus.OK
-        except _Refused as err:
-            body, status = f"{err}\n".encode(), err.status
-        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
-            body, status = b"this is no request\n", HTTPStatus.BAD_REQUEST
-        head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        try:
-            writer.write(head.encode() + body)
+            status, body = await self._answer_to(reader)
+            head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Length: {len(body)}\r\n"
+            writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
             await writer.drain()
         except ConnectionError:
             pass  # nobody waits for the answer
         finally:
             writer.close()
 
+    async def _answer_to(self, reader: asyncio.StreamReader) -> tuple[HTTPStatus, bytes]:
+        try:
+            async with asyncio.timeout(_ASKING_LIMIT_S):
+                request = await _read(reader)
+            return HTTPStatus.OK, await self._do(*request)
+        except _Refused as err:
+            return err.status, f"{err}\n".encode()
+        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
+            return HTTPStatus.BAD_REQUEST, b"this is no request\n"
+        except Exception:
+            log.exception("management_request_failed")  # it keeps nobody else from an answer
+            return HTTPStatus.INTERNAL_SERVER_ERROR, b"internal error; details are in the shim log\n"
+
     async def _do(self, method: str, target: str, body: bytes) -> bytes:
-        address = urlsplit(target)
+        try:
+            address = urlsplit(target)
+        except ValueError as err:
+            raise _Refused(HTTPStatus.BAD_REQUEST, f"not an address: {target[:80]!r}: {err}") from err
         if address.path not in (STATS, RESIZE):
             raise _Refused(
                 HTTPStatus.NOT_FOUND, f"there is no {address.path}; there are {STATS} and {RESIZE}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from typing import TYPE_CHECKING, Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -51,16 +52,22 @@ def sandbox() -> Sandbox:
 
 
 @pytest.fixture
-async def socket(sandbox: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
+async def serving(
+    sandbox: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[asyncio.Task[None]]:
     monkeypatch.setattr(paths, "RUN_ROOT", str(tmp_path))
     (tmp_path / "s").mkdir()
     serving = asyncio.create_task(Management(sandbox, sandbox).serve("s"))
-    path = paths.management_socket("s")
     while not (tmp_path / "s" / "shim-monitor.sock").exists():
         await asyncio.sleep(0)
-    yield path
+    yield serving
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
+
+
+@pytest.fixture
+def socket(serving: asyncio.Task[None]) -> str:
+    return paths.management_socket("s")
 
 
 async def ask(socket: str, words: bytes) -> tuple[int, str]:
@@ -110,6 +117,7 @@ async def test_the_disk_comes_before_what_is_on_it(socket: str, sandbox: Sandbox
         (post("/direct-volume/resize", b"{"), 400, "no request to resize"),
         (post("/metrics"), 404, "there is no /metrics; there are /direct-volume/stats and"),
         (b"GET /direct-volume/stats HTTP/1.1\r\n\r\n", 405, "is asked by POST, not GET"),
+        (post("//["), 400, "not an address: '//[': Invalid IPv6 URL"),
         (b"hello\r\n\r\n", 400, "not a request of HTTP/1.1: 'hello'"),
         (b"hello", 400, "this is no request"),
         (b"x" * 100_000, 400, "this is no request"),
@@ -138,3 +146,21 @@ async def test_what_the_guest_refuses(socket: str, sandbox: Sandbox, error: Exce
     status, body = await ask(socket, resized(512))
     assert status == 409
     assert text in body
+
+
+async def test_a_defect_is_answered_and_meets_nobody_else(socket: str, sandbox: Sandbox) -> None:
+    sandbox.fails = ZeroDivisionError("a defect")
+    assert await ask(socket, resized(512)) == (500, "internal error; details are in the shim log\n")
+    sandbox.fails = None
+    assert await ask(socket, resized(512)) == (200, "")
+
+
+async def test_who_is_connected_does_not_hold_up_the_end(socket: str, serving: asyncio.Task[None]) -> None:
+    reader, writer = await asyncio.open_unix_connection(socket)
+    writer.write(b"POST ")
+    assert await ask(socket, post("/other")) == (404, ANY)  # the other one is known by then
+    serving.cancel()
+    async with asyncio.timeout(5):
+        await asyncio.gather(serving, return_exceptions=True)
+        assert await reader.read() == b""
+    writer.close()
