@@ -53,6 +53,8 @@ class Storages:
         self._huge_pages: dict[tuple[str, str], Reservation] = {}
         # One for each mount point: who comes second waits until the first one has mounted it.
         self._locks: WeakValueDictionary[str, Lock] = WeakValueDictionary()
+        # The first one unpacks the program for all.
+        self._encrypting = Lock()
         self._handlers: dict[str, Handler] = {
             "virtio-fs": self._mount_as_is,
             "9p": self._mount_9p,
@@ -136,7 +138,8 @@ class Storages:
             return await in_thread(partial(self._mount, handler, storage))
         assert self._reaper is not None
         disk = storage.source
-        storage.source = await encryption.prepare(storage, self._modules, self._reaper)
+        async with self._encrypting:
+            storage.source = await encryption.prepare(storage, self._modules, self._reaper)
         try:
             await in_thread(partial(self._mount, handler, storage))
             try:

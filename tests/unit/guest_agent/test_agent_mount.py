@@ -232,6 +232,33 @@ async def test_an_encrypted_disk(
     assert (mounts.now, closed) == ([f"{tmp_path}/e"], [])
 
 
+async def test_one_disk_at_a_time_is_encrypted(
+    mounts: Mounts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two that both found the program packed would take its files from under each other."""
+    now, most = 0, 0
+
+    async def prepare(wanted: pb.Storage, modules: object, reaper: object) -> str:
+        nonlocal now, most
+        now, most = now + 1, max(most, now + 1)
+        await asyncio.sleep(0)
+        now -= 1
+        return "/dev/dm-0"
+
+    monkeypatch.setattr(encryption, "prepare", prepare)
+    monkeypatch.setattr(encryption, "set_owner", lambda wanted: None)
+    monkeypatch.setattr(storage.Storages, "_mount_device", storage.Storages._mount_as_is)
+    storages = Storages(FakeModules(), object())  # type: ignore[arg-type]
+    wanted = [
+        pb.Storage(
+            driver="blk", source=f"/dev/{name}", fstype="ext4", mount_point=f"{tmp_path}/{name}",
+            driver_options=["encryption_key=ephemeral", "create_filesystem"],
+        ) for name in ("vdb", "vdc")
+    ]  # fmt: skip
+    await asyncio.gather(*(storages.add([one], one.source) for one in wanted))
+    assert (len(mounts.now), most) == (2, 1)
+
+
 async def test_many_layers_are_named_as_seen_from_where_they_are(
     mounts: Mounts, storages: Storages, tmp_path: Path
 ) -> None:
