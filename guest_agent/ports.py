@@ -40,7 +40,7 @@ async def connect(port: int, handover: Handover) -> bytes:
             sock.close()
             # Without IPv6 addresses there is no way to the second one.
             if isinstance(err, ConnectionRefusedError) or (
-                family == socket.AF_INET6 and isinstance(err, OSError)
+                family == socket.AF_INET6 and isinstance(err, OSError) and not isinstance(err, TimeoutError)
             ):
                 continue
             raise

@@ -12,6 +12,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -277,3 +278,16 @@ def test_only_pods_with_a_namespace_of_their_own() -> None:
 async def test_the_agent_refuses_what_is_no_port(port: int) -> None:
     with pytest.raises(InvalidRequest, match=str(port)):
         await ports.connect(port, Handover(Log("error"), family=socket.AF_UNIX, address=""))
+
+
+async def test_a_server_of_ipv6_whose_queue_is_full_is_not_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(sock: socket.socket, address: object) -> None:
+        if sock.family == socket.AF_INET:
+            raise ConnectionRefusedError
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", connect)
+    monkeypatch.setattr(ports, "CONNECT_LIMIT_S", 0)
+    handover: Any = SimpleNamespace(prepare=lambda: None)
+    with pytest.raises(TimeoutError):
+        await ports.connect(80, handover)
