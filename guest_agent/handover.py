@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 #: How long a connection waits for the host, and how long one of the host may take to name it.
 TOKEN_LIMIT_S = 30.0
 BACKLOG = 128
+#: When the guest has no descriptors left for a connection.
+PAUSE_S = 1.0
 
 
 class Handover:
@@ -70,7 +72,12 @@ class Handover:
     async def _accept_host(self, sock: socket.socket) -> None:
         with sock:
             while True:
-                host, _ = await asyncio.get_running_loop().sock_accept(sock)
+                try:
+                    host, _ = await asyncio.get_running_loop().sock_accept(sock)
+                except OSError as err:
+                    self._log.warning("connection_of_host_not_accepted", error=str(err))
+                    await asyncio.sleep(PAUSE_S)
+                    continue
                 self._run(self._join(host))
 
     async def _join(self, host: socket.socket) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import socket
@@ -130,6 +131,27 @@ async def answer(path: Path, data: bytes) -> bytes:
     got = await reader.read()
     writer.close()
     return got
+
+
+async def test_a_guest_that_was_short_of_descriptors_goes_on(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    accept, short = loop.sock_accept, [OSError(errno.ENFILE, "Too many open files in system")]
+
+    async def sock_accept(sock: socket.socket) -> tuple[socket.socket, Any]:
+        if sock is site.handover._for_host and short:
+            raise short.pop()
+        return await accept(sock)
+
+    monkeypatch.setattr(loop, "sock_accept", sock_accept)
+    monkeypatch.setattr("guest_agent.handover.PAUSE_S", 0)
+    await site.serve()
+    with ExitStack() as undo:
+        path = await site.offered(undo)
+        async with asyncio.timeout(10):
+            assert await answer(path, b"ab") == b"ba"
+    assert not short
 
 
 async def test_bytes_go_both_ways_and_one_way_may_end_first(site: Site) -> None:
