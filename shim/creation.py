@@ -211,7 +211,6 @@ class Creation:
         await running.names.serve_for(self._bundle, boot.pod)
         await hooks.create(running.network.netns)
         await self._call_agent(message, running, disks)
-        await running.divided()
         return Container(
             self._id,
             self._bundle.path,
@@ -276,6 +275,7 @@ class Creation:
     ) -> None:
         try:
             await answered(running.agent.create_container(message), running.machine)
+            await running.divided()  # in here: who gives up now leaves a container in the guest as well
         except (RpcError, asyncio.CancelledError) as err:
             # Nobody waits for it any more, and the guest may make it all the same.
             if isinstance(err, asyncio.CancelledError) or err.code is Code.DEADLINE_EXCEEDED:

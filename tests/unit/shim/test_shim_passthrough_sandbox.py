@@ -183,3 +183,25 @@ async def test_a_container_whose_create_is_given_up_leaves_guest_and_machine(
     assert pods.agent.called("remove_container") == 1
     assert pods.told == [f"plug {NIC}", f"unplug {NIC}"]
     assert given_back == [1]
+
+
+async def test_a_container_whose_create_is_given_up_at_its_end_leaves_the_guest(
+    pods: Pods, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest has made it, and the first one waits for the sandbox's control groups."""
+    waiting = asyncio.Event()
+
+    async def divided() -> None:
+        waiting.set()
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(pods.sandbox._running, "divided", divided)
+    creating = asyncio.create_task(pods.create("c1", "/dev/vfio/13"))
+    async with asyncio.timeout(10):
+        await waiting.wait()
+    creating.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await creating
+    await pods.settle()
+    assert pods.agent.called("remove_container") == 1
+    assert pods.told == [f"plug {NIC}", f"unplug {NIC}"]
