@@ -69,7 +69,9 @@ def steered(netns: Path) -> Iterator[list[socket.socket]]:
 async def listener_here(netns: Path, family: int, port: int) -> socket.socket | None:
     """A connection to who listens at that port of the namespace itself; None when nobody does. Raises OSError."""
     loop = asyncio.get_running_loop()
-    for own_port in random.sample(_OWN_PORTS, _PORT_ATTEMPTS):
+    # From that same port TCP would connect us to ourselves.
+    own_ports = [own_port for own_port in _OWN_PORTS if own_port != port]
+    for own_port in random.sample(own_ports, _PORT_ATTEMPTS):
         with entered(netns):
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:

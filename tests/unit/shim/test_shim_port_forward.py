@@ -280,6 +280,18 @@ async def test_the_agent_refuses_what_is_no_port(port: int) -> None:
         await ports.connect(port, Handover(Log("error"), family=socket.AF_UNIX, address=""))
 
 
+def test_nobody_is_not_taken_for_somebody_because_of_our_own_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TCP connects a socket to itself when it comes from the port that it goes to."""
+    monkeypatch.setattr("random.sample", lambda ports, count: [*ports][:count])
+
+    def work() -> None:
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        here = Path("/proc/self/ns/net")
+        assert asyncio.run(steering.listener_here(here, socket.AF_INET, 512)) is None
+
+    in_network_namespace(work)
+
+
 async def test_a_server_of_ipv6_whose_queue_is_full_is_not_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     async def connect(sock: socket.socket, address: object) -> None:
         if sock.family == socket.AF_INET:
