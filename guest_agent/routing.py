@@ -97,10 +97,11 @@ class NetworkMirror:
 
 
 def _both(one: Wanted, other: Wanted) -> Wanted:
+    """Each once: what fails again and again would otherwise be remembered as often."""
     return Wanted(
-        routes=(*one.routes, *other.routes),
-        rules=(*one.rules, *other.rules),
-        neighbours=(*one.neighbours, *other.neighbours),
+        routes=tuple(dict.fromkeys((*one.routes, *other.routes))),
+        rules=tuple(dict.fromkeys((*one.rules, *other.rules))),
+        neighbours=tuple(dict.fromkeys((*one.neighbours, *other.neighbours))),
     )
 
 

@@ -231,6 +231,11 @@ def test_what_was_half_made_is_not_forgotten(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="rule 50000: Invalid argument"):
             mirror.update(request)
         assert "lookup 100" in ip("rule")
+        remembered = mirror._made
+        for _ in range(3):
+            with pytest.raises(OSError, match="rule 50000: Invalid argument"):
+                mirror.update(request)
+        assert mirror._made == remembered
         in_the_guest(tmp_path, 1, mirror)
         assert shown() == (tmp_path / "seen1").read_text()
 
