@@ -248,8 +248,14 @@ class HostSockets:
                     # Its container is gone, and an agent that keeps the rules has closed the socket.
                     self._turns.release()
                     return
-                # A descriptor of its own: the connection may last a little longer than the container.
-                work = self._connection(way, os.dup(way.fd), source, reply.token)
+                try:
+                    # A descriptor of its own: the connection may last a little longer than the container.
+                    own = os.dup(way.fd)
+                except OSError as err:  # there are none left
+                    self._turns.release()
+                    self._say_refused(source, err)
+                    continue
+                work = self._connection(way, own, source, reply.token)
                 self._in_background(work, f"connection to {source}")
         except RpcError as err:
             if not isinstance(err, ConnectionClosed) and err.code is not Code.NOT_FOUND:

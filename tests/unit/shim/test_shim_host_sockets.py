@@ -154,6 +154,33 @@ async def test_a_guest_that_was_short_of_descriptors_goes_on(
     assert not short
 
 
+async def test_a_host_that_was_short_of_descriptors_goes_on(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dup, short = os.dup, [OSError(errno.EMFILE, "Too many open files")]
+
+    def once_short(fd: int) -> int:
+        if short:
+            raise short.pop()
+        return dup(fd)
+
+    monkeypatch.setattr(os, "dup", once_short)
+    await site.serve()
+    turns = site.sockets._turns._value
+    with ExitStack() as undo:
+        path = await site.offered(undo)
+        refused = asyncio.create_task(answer(path, b"ab"))
+        async with asyncio.timeout(10):
+            while short:
+                await asyncio.sleep(0)
+            assert await answer(path, b"cd") == b"dc"
+        refused.cancel()
+        await asyncio.gather(refused, return_exceptions=True)
+    async with asyncio.timeout(10):
+        while site.sockets._turns._value != turns:
+            await asyncio.sleep(0)
+
+
 async def test_bytes_go_both_ways_and_one_way_may_end_first(site: Site) -> None:
     await site.serve()
     with ExitStack() as undo:
