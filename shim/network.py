@@ -13,7 +13,7 @@ import asyncio
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -45,6 +45,14 @@ log = structlog.get_logger()
 NIC_PORTS = 2
 
 
+class _Leaving(NamedTuple):
+    """An interface that the guest has to let go of; one that it has kept stays among them."""
+
+    nic_id: str
+    mac: str
+    task: asyncio.Task[None]
+
+
 class PodNetwork:
     """The network of one pod. `netns` is where QEMU runs, `nics` what the machine is to have from its start, and
     `nic_ports` how many places for more.
@@ -71,7 +79,7 @@ class PodNetwork:
         self._turn = asyncio.Lock()
         self._catching_up = Unbroken()
         self._joined: set[int] = set()
-        self._leaving: dict[str, asyncio.Task[None]] = {}
+        self._leaving: dict[str, _Leaving] = {}
         self._guest: GuestNetwork | None = None
         self._snapshot = Snapshot()
         with ExitStack() as undo:
@@ -149,8 +157,8 @@ class PodNetwork:
 
     def part(self) -> None:
         """Undo `join`: the machine is gone. Another one starts from nothing. Harmless when repeated."""
-        for task in self._leaving.values():
-            task.cancel()
+        for leaving in self._leaving.values():
+            leaving.task.cancel()
         self._leaving.clear()
         for ifindex in self._joined:
             try:
@@ -169,12 +177,12 @@ class PodNetwork:
         """One look at what there is now, and everything that follows from it; returns what keeps interfaces out."""
         drain(self._changes)
         now, failures = scan(self._rtnl), []
-        for nic_id in list(self._leaving):
-            self._unplug(nic_id, machine)  # one that the guest has kept
+        for nic_id, leaving in list(self._leaving.items()):
+            self._unplug(nic_id, leaving.mac, machine)  # one that the guest has kept
         here = {interface.key for interface in now.interfaces}
         for interface in self._snapshot.interfaces:
             if interface.key not in here:
-                self._unplug(self._nic(interface).id, machine)
+                self._unplug(self._nic(interface).id, interface.link.mac, machine)
                 crossing.part(self._rtnl, interface.link.ifindex)  # it may be there, with another MAC address
                 self._joined.discard(interface.link.ifindex)
                 self._snapshot = self._snapshot.without(interface)
@@ -197,14 +205,23 @@ class PodNetwork:
     async def _plug(self, interface: Interface, machine: Machine) -> None:
         self._expect(interface)
         nic = self._nic(interface)
-        if nic.id in self._leaving:  # with another MAC address
-            await asyncio.wait([self._leaving[nic.id]])
+        # With another MAC address, or that address on another interface: by it the guest knows which one is meant.
+        if alike := [
+            gone.task for gone in self._leaving.values() if gone.nic_id == nic.id or gone.mac == nic.mac
+        ]:
+            await asyncio.wait(alike)
+        if any(gone.mac == nic.mac for gone in self._leaving.values()):
+            raise HotplugRefused(
+                f"cannot plug in interface {interface.link.name}: the guest has not let go of an earlier one with the "
+                f"MAC address {nic.mac}; give it another one, or change the network once more to try again"
+            )
         try:
             await machine.plug_nic(nic)
         except HotplugRefused:
             if not self._leaving:
                 raise
-            await asyncio.wait(self._leaving.values())  # they leave places free
+            # They leave places free.
+            await asyncio.wait([gone.task for gone in self._leaving.values()])
             await machine.plug_nic(nic)
         try:
             self._join(interface)
@@ -215,12 +232,13 @@ class PodNetwork:
                 crossing.part(self._rtnl, interface.link.ifindex)
             raise
 
-    def _unplug(self, nic_id: str, machine: Machine) -> None:
+    def _unplug(self, nic_id: str, mac: str, machine: Machine) -> None:
         """Begin to take an interface out. The guest may take its time to let go of it, and nobody waits for that who
         does not need its place."""
-        if nic_id not in self._leaving or self._leaving[nic_id].done():
+        if nic_id not in self._leaving or self._leaving[nic_id].task.done():
             unplugging = self._unplugged(nic_id, machine)
-            self._leaving[nic_id] = asyncio.create_task(unplugging, name=f"unplug {nic_id}")
+            task = asyncio.create_task(unplugging, name=f"unplug {nic_id}")
+            self._leaving[nic_id] = _Leaving(nic_id, mac, task)
 
     async def _unplugged(self, nic_id: str, machine: Machine) -> None:
         try:

@@ -67,7 +67,9 @@ class Guest:
 
     async def unplug_nic(self, nic_id: str) -> None:
         self._note(f"unplug {nic_id}")
-        ip(f"link delete tap{nic_id.removeprefix('nic')}_kata")
+        tap = f"tap{nic_id.removeprefix('nic')}_kata"
+        if f" {tap}: " in ip("link"):  # not parted before
+            ip(f"link delete {tap}")
 
     async def update_interface(self, request: Any) -> None:
         given = request.interface
@@ -398,6 +400,41 @@ def test_who_needs_the_place_of_one_that_goes_waits_for_it() -> None:
     with_network(work, *ETH0)
 
 
+def test_the_mac_address_of_one_that_goes_is_free_when_it_has_gone() -> None:
+    """The guest would take the old interface for the new one. Docker makes MAC addresses of IP addresses."""
+
+    async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
+        network.join()
+        let_go = slowly_unplugged(guest)
+        leaving = next(nic for nic in network.nics if nic.mac == "0a:58:0a:d5:00:02")
+        again = "link add eth0 index 4000 address 0a:58:0a:d5:00:02 type veth peer name far"
+        for order in ("link delete eth0", again, "link set eth0 up"):
+            ip(order)
+        changing = asyncio.create_task(network.catch_up(guest, guest))
+        await guest.until(f"asked to give {leaving.id}")
+        assert not any(asked.startswith("plug") for asked in guest.asked)
+        let_go.set()
+        await changing
+        unplugged = guest.asked.index(f"unplug {leaving.id}")
+        assert guest.asked[unplugged + 1 :][:1] == ["plug nic4000 0a:58:0a:d5:00:02"]
+        # And one that it keeps.
+        for order in ("link delete eth0", again.replace("4000", "4001"), "link set eth0 up"):
+            ip(order)
+        unplug = guest.unplug_nic
+
+        async def kept(nic_id: str) -> None:
+            raise HotplugRefused("the guest keeps it")
+
+        guest.unplug_nic = kept
+        with pytest.raises(HotplugRefused, match="not let go of an earlier one with the MAC address 0a:58"):
+            await network.catch_up(guest, guest)
+        guest.unplug_nic = unplug
+        await network.catch_up(guest, guest)
+        assert "plug nic4001 0a:58:0a:d5:00:02" in guest.asked
+
+    with_network(work, *ETH0)
+
+
 def test_an_interface_that_the_guest_keeps_is_asked_for_again() -> None:
     async def work(network: PodNetwork, guest: Any, remembered: list[list[int]]) -> None:
         network.join()
@@ -413,7 +450,8 @@ def test_an_interface_that_the_guest_keeps_is_asked_for_again() -> None:
         before = [asked for asked in guest.asked if asked.startswith("unplug")]
         await network.catch_up(guest, guest)
         await asyncio.sleep(0)
-        assert [asked for asked in guest.asked if asked.startswith("unplug")] == before * 2
+        # Not the other one, which has gone.
+        assert [asked for asked in guest.asked if asked.startswith("unplug")] == [*before, before[0]]
 
     with_network(work, *ETH0)
 
