@@ -14,6 +14,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import tempfile
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -83,8 +84,11 @@ def ask(program: str, *commands: tuple[str, dict[str, str]]) -> list[Any]:
         "-qmp",
         "stdio",
     ]
-    done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=LIMIT_S, check=True)
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    # Into a file: of what a full pipe does not take yet a QEMU that quits forgets the rest.
+    with tempfile.TemporaryFile("w+") as said:
+        subprocess.run(argv, input=text, stdout=said, text=True, timeout=LIMIT_S, check=True)
+        said.seek(0)
+        answers = [json.loads(line) for line in said]
     kept = [answer.get("return") for answer in answers if "return" in answer or "error" in answer]
     return kept[1 : 1 + len(commands)]
 
