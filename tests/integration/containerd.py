@@ -357,10 +357,18 @@ def caused_by(containerd: Containerd) -> dict[int, str]:
 
 
 def leftovers(before: HostState, containerd: Containerd, *, settle_s: float = SETTLE_S) -> list[str]:
-    """How the host differs from `before`, after new processes had a moment to end. Empty is good."""
+    """How the host differs from `before`, after new processes had a moment to end. Empty is good.
+
+    What containerd starts for itself, now and then and for a moment, is new at every look, but not there at each.
+    """
     known = {int(line.split()[0]) for line in before.processes}
-    wait_for_end([pid for pid in caused_by(containerd) if pid not in known], settle_s)
-    return before.difference(HostState.take(containerd))
+    deadline = time.monotonic() + settle_s
+    while True:
+        new = [pid for pid in caused_by(containerd) if pid not in known]
+        wait_for_end(new, max(0.0, deadline - time.monotonic()))
+        later = HostState.take(containerd)
+        if later.processes <= before.processes or time.monotonic() >= deadline:
+            return before.difference(later)
 
 
 def clean_up(before: HostState, containerd: Containerd) -> None:

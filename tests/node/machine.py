@@ -12,8 +12,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +34,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 IMAGE = REPOSITORY / "build" / "node"
 START_TIMEOUT_S, BOOT_TIMEOUT_S = 20.0, 240.0
 MEMORY = "6G"
+#: How often the machine is booted for one request. Its kernel changes its code while it runs, and the emulator's
+#: processors, a thread each, once in many minutes execute half of such a change.
+BOOTS = 3
+PANIC = "Kernel panic"
 #: Services that take long and that nothing here needs: what would be tidied up is this host's, seen from inside.
 MASKED = (
     *("systemd-tmpfiles-setup", "systemd-tmpfiles-setup-dev", "systemd-timesyncd", "systemd-update-utmp"),
@@ -58,6 +63,10 @@ class NodeError(Exception):
     """The machine did not do what it was asked for; the text ends with the last lines of its console."""
 
 
+class NodePanicked(NodeError):
+    """The machine's own kernel gave up."""
+
+
 class Done(NamedTuple):
     """A program's end."""
 
@@ -66,11 +75,35 @@ class Done(NamedTuple):
 
 
 class Node:
-    """The running machine."""
+    """The machine, running after `boot`. Everything of it is below the folder, and ends with `end`."""
 
-    def __init__(self, line: socket.socket, console: Path) -> None:
-        self._line = line
-        self._console = console
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._undo = ExitStack()
+        self._line: socket.socket
+        self._console = folder / "console"
+
+    def boot(self) -> None:
+        """Start it, in the place of one that has ended. Raises NodeError."""
+        self.end()
+        folder = Path(self._undo.enter_context(tempfile.TemporaryDirectory(dir=self._folder)))
+        with ExitStack() as undo:
+            listener = undo.enter_context(unix_listener(folder / "fs"))
+            line = undo.enter_context(unix_listener(folder / "line"))
+            sharing = _sharing(folder, listener.fileno())
+            _spawn(self._undo, sharing, listener.fileno(), output=self._folder / "virtiofsd")
+            _spawn(self._undo, _qemu(folder, self._console), output=self._folder / "qemu")
+            line.settimeout(START_TIMEOUT_S)
+            try:
+                self._line, _ = line.accept()
+            except TimeoutError:
+                raise NodeError(f"QEMU does not start: {(self._folder / 'qemu').read_text()}") from None
+            self._undo.enter_context(self._line)
+            self.finish(BOOT_TIMEOUT_S)
+
+    def end(self) -> None:
+        """Harmless when it is not running."""
+        self._undo.close()
 
     def run(
         self,
@@ -79,7 +112,8 @@ class Node:
         limit_s: int = 300,
         show: bool = False,
     ) -> Done:
-        """Run a program in the checkout, to its end. With `show`, what it writes is also written here as it comes.
+        """Run a program in the checkout, to its end; from its beginning in a new machine when this one's kernel panics.
+        With `show`, what it writes is also written here as it comes.
 
         Raises NodeError when the machine does not answer.
         """
@@ -90,8 +124,18 @@ class Node:
             "environment": {**own, "HOME": "/root", "LANG": "C.UTF-8", **(environment or {})},
             "limit_s": limit_s,
         }
-        self._line.sendall(json.dumps(request).encode() + b"\n")
-        return self.finish(limit_s + 60, show=show)
+        for _ in range(BOOTS - 1):
+            with suppress(NodePanicked):
+                return self._ask(request, limit_s + 60, show=show)
+            self.boot()
+        return self._ask(request, limit_s + 60, show=show)
+
+    def _ask(self, request: Mapping[str, object], limit_s: float, *, show: bool) -> Done:
+        try:
+            self._line.sendall(json.dumps(request).encode() + b"\n")
+        except OSError as err:
+            raise self._error(f"the node's line broke: {err}") from err
+        return self.finish(limit_s, show=show)
 
     def finish(self, limit_s: float, *, show: bool = False) -> Done:
         """Wait for the end of what runs. Raises NodeError."""
@@ -123,27 +167,20 @@ class Node:
         return data
 
     def _error(self, what: str) -> NodeError:
-        last = self._console.read_text(errors="replace").splitlines()[-20:] if self._console.exists() else []
-        return NodeError("\n".join([f"{what}; its console said last:", *last]))
+        said = self._console.read_text(errors="replace").splitlines() if self._console.exists() else []
+        kind = NodePanicked if any(PANIC in line for line in said) else NodeError
+        return kind("\n".join([f"{what}; its console said last:", *said[-20:]]))
 
 
 @contextmanager
 def booted(folder: Path) -> Iterator[Node]:
     """The machine for the length of the block, up when this yields. Raises NodeError."""
-    with ExitStack() as undo:
-        listener = undo.enter_context(unix_listener(folder / "fs"))
-        line = undo.enter_context(unix_listener(folder / "line"))
-        _spawn(undo, _sharing(folder, listener.fileno()), listener.fileno(), output=folder / "virtiofsd")
-        console = folder / "console"
-        _spawn(undo, _qemu(folder, console), output=folder / "qemu")
-        line.settimeout(START_TIMEOUT_S)
-        try:
-            connection, _ = line.accept()
-        except TimeoutError:
-            raise NodeError(f"QEMU does not start: {(folder / 'qemu').read_text()}") from None
-        node = Node(undo.enter_context(connection), console)
-        node.finish(BOOT_TIMEOUT_S)
+    node = Node(folder)
+    try:
+        node.boot()
         yield node
+    finally:
+        node.end()
 
 
 def _spawn(undo: ExitStack, argv: Sequence[str], *fds: int, output: Path) -> subprocess.Popen[bytes]:
@@ -192,6 +229,7 @@ def _qemu(folder: Path, console: Path) -> list[str]:
     kernel = [
         "console=ttyS0",
         "panic=-1",
+        "oops=panic",
         "mitigations=off",
         "tsc=reliable",
         "no_timer_check",

@@ -27,14 +27,13 @@ TAIL_LINES = 150
 
 def run_tests(node: Node, *words: str) -> None:
     """Runs pytest in the machine; fails with its output unless tests have run, and none has failed or was skipped."""
-    node.run("mkdir", "-p", TEMPORARY)
     # Of numbered folders, which pytest makes by itself, it stumbles over the fourth: a warning, which is an error here.
     options = [
         "-p",
         "tests.node.patience",
         "-p",
         "no:cacheprovider",
-        f"--basetemp={TEMPORARY}/run",
+        f"--basetemp={TEMPORARY}",
         "--tb=short",
         "-q",
     ]
