@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import secrets
 import shlex
 import shutil
@@ -17,7 +16,7 @@ import busybox_image
 import pytest
 
 from tests.support import host
-from tests.support.containers import MANAGERS, groups_below, written
+from tests.support.containers import MANAGERS, groups_below, in_terminal, written
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -183,37 +182,18 @@ def test_logs(podman: Podman) -> None:
 def test_terminal(podman: Podman) -> None:
     container = podman.sleeping()
     script = "tty; read line; echo got $line; exit 6"
-    status, said = _in_terminal(
-        podman.command("exec", "-it", container, "sh", "-c", script), podman.environment, b"hello\n"
+    status, said = in_terminal(
+        podman.command("exec", "-it", container, "sh", "-c", script),
+        b"hello\n",
+        podman.environment,
+        asked=b"/dev/pts/",
     )
     assert (status, "/dev/pts/" in said, "got hello" in said) == (6, True, True)
-    status, said = _in_terminal(
+    status, said = in_terminal(
         podman.command(*podman.run("--rm", "-it"), busybox_image.NAME, "sh", "-c", script),
-        podman.environment,
         b"again\n",
+        podman.environment,
+        asked=b"/dev/pts/",
     )
     assert (status, "got again" in said) == (6, True)
     podman.ok("rm", "--force", "--time", "0", container)
-
-
-def _in_terminal(command: list[str], environment: dict[str, str], keys: bytes) -> tuple[int, str]:
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment
-    )
-    os.close(slave)
-    said = b""
-    written = False
-    while True:
-        try:
-            data = os.read(master, 4096)
-        except OSError:
-            break
-        if not data:
-            break
-        said += data
-        if not written and b"/dev/pts/" in said:  # it is about to read
-            os.write(master, keys)
-            written = True
-    os.close(master)
-    return process.wait(60), said.decode()

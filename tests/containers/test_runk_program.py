@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-from tests.support.containers import spec, wait
+from tests.support.containers import in_terminal, spec, wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,7 +123,7 @@ def test_terminals(containers: Containers, runk: Runk, program: Path) -> None:
     document["process"]["terminal"] = True
     container_id, bundle = containers.bundle(document)
     command = [program, "--root", containers.folder / "state", "run", "--bundle", bundle, container_id]
-    status, said = _in_terminal([str(each) for each in command], b"hello\n")
+    status, said = in_terminal([str(each) for each in command], b"hello\n")
     assert status == 9
     assert "50 120" in said
     assert "got hello" in said
@@ -141,34 +140,11 @@ def test_terminals(containers: Containers, runk: Runk, program: Path) -> None:
         "-c",
         "tty; exit 2",
     ]
-    status, said = _in_terminal([str(each) for each in command], b"")
+    status, said = in_terminal([str(each) for each in command], b"")
     assert status == 2
     assert "/dev/pts/" in said
     containers.engine.delete(container_id, force=True)
     wait(pid)
-
-
-def _in_terminal(command: list[str], keys: bytes) -> tuple[int, str]:
-    import fcntl
-    import struct
-    import termios
-
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 50, 120, 0, 0))
-    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
-    os.close(slave)
-    said = b""
-    os.write(master, keys)
-    while True:
-        try:
-            data = os.read(master, 4096)
-        except OSError:
-            break
-        if not data:
-            break
-        said += data
-    os.close(master)
-    return process.wait(60), said.decode()
 
 
 def test_preserved_files(containers: Containers, program: Path) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import pty
+import struct
+import subprocess
 import tarfile
+import termios
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,3 +157,32 @@ def wait(pid: int) -> int:
 def remove_group(group: Cgroup) -> None:
     group.kill()
     group.remove()
+
+
+def in_terminal(
+    command: list[str], keys: bytes, environment: dict[str, str] | None = None, *, asked: bytes = b""
+) -> tuple[int, str]:
+    """Run a program in a terminal of 50 rows and 120 columns, and type when it has said what is `asked`.
+
+    Returns its exit status and all that it said.
+    """
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 50, 120, 0, 0))
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment
+    )
+    os.close(slave)
+    said = b""
+    while True:
+        if keys and asked in said:
+            os.write(master, keys)
+            keys = b""
+        try:
+            data = os.read(master, 4096)
+        except OSError:
+            break
+        if not data:
+            break
+        said += data
+    os.close(master)
+    return process.wait(60), said.decode()
